@@ -1,0 +1,271 @@
+"""The attention function every cache of the suite plugs into, and the hooks that switch a model to it.
+
+A cache layer of this suite returns a `KVBlock` from `update()` instead of tensors. `kv_attention_forward` recognises it
+and lets the layer attend in its own storage: the query heads of a group become the rows of one product, so key/value
+heads are never repeated and compressed tokens are never expanded. Ordinary tensors go to the library's own function.
+
+Shapes: B batch, H query heads, K key/value heads, G = H / K, Q new tokens, N stored tokens, D head dim.
+Plugs in: `AttentionInterface` and `AttentionMaskInterface` under `ATTENTION_NAME`, for the span of one forward call.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+
+if TYPE_CHECKING:
+    from hf_ext.cache_impls.base import KVLayer
+
+ATTENTION_NAME = "hf_ext_kv"
+
+# A block of more new tokens than this attends to rebuilt keys and values: the score matrix would outgrow them.
+MAX_IN_SPACE_ROWS = 64
+
+
+@dataclass
+class KVBlock:
+    """What `KVLayer.update` hands to the attention function: the layer and the new tokens.
+
+    `key` and `value` are `(B, K, Q, D)`; `first` says that the layer held nothing before them.
+    """
+
+    layer: KVLayer
+    key: Tensor
+    value: Tensor
+    first: bool
+
+
+@dataclass
+class Segment:
+    """One stretch of stored tokens sharing a query projection.
+
+    Args:
+        query (`Tensor`): `(B, K, G * Q, R)`, already scaled.
+        keys (`Tensor`), values (`Tensor`): `(B, K, C, R)` and `(B, K, C, S)`, contiguous, `C` rows allocated.
+        length (`int`): rows in use; the rest is slack.
+        visible (`Tensor`, *optional*): boolean, broadcastable to `(B, K, G, Q, length)`; `None` means all.
+        expand (`Tensor`, *optional*): `(B, K, S, D)` taking the weighted values back to the head dimension.
+    """
+
+    query: Tensor
+    keys: Tensor
+    values: Tensor
+    length: int
+    visible: Tensor | None = None
+    expand: Tensor | None = None
+
+
+def group_rows(query: Tensor, kv_heads: int) -> Tensor:
+    """`(B, H, Q, D)` to `(B, K, G * Q, D)`: the query heads that share a key/value head become rows."""
+    batch, heads, length, dim = query.shape
+    return query.reshape(batch, kv_heads, heads // kv_heads * length, dim)
+
+
+def ungroup_rows(output: Tensor, heads: int) -> Tensor:
+    """`(B, K, G * Q, D)` to the `(B, Q, H, D)` that attention functions return."""
+    batch, kv_heads, rows, dim = output.shape
+    length = kv_heads * rows // heads
+    return output.reshape(batch, heads, length, dim).transpose(1, 2).contiguous()
+
+
+def segment_attention(segments: list[Segment], groups: int, softcap: float | None = None) -> Tensor:
+    """Attention over several stretches of storage under one softmax.
+
+    Scores of all segments go into one matrix by `bmm(out=...)`. Slack rows are computed and masked rather than cut
+    off: a cut makes the batch stride irregular, and the bfloat16 product is then some forty times slower.
+
+    Args:
+        segments (`list[Segment]`): at least one.
+        groups (`int`): query heads per key/value head (G).
+        softcap (`float`, *optional*): logits become `softcap * tanh(logits / softcap)`.
+
+    Returns:
+        `Tensor`: `(B, K, G * Q, D)`.
+    """
+    batch, kv_heads, rows, _ = segments[0].query.shape
+    bounds = [0]
+    for part in segments:
+        bounds.append(bounds[-1] + part.keys.shape[2])
+    logits = segments[0].query.new_empty(batch * kv_heads, rows, bounds[-1])
+    grid = logits.view(batch, kv_heads, groups, rows // groups, bounds[-1])
+    for part, start, end in zip(segments, bounds, bounds[1:]):
+        torch.bmm(part.query.flatten(0, 1), part.keys.flatten(0, 1).mT, out=logits[..., start:end])
+        if softcap is not None:
+            logits[..., start:end].div_(softcap).tanh_().mul_(softcap)
+        logits[..., start + part.length : end] = -torch.inf
+        if part.visible is not None:
+            grid[..., start : start + part.length].masked_fill_(~part.visible, -torch.inf)
+    weights = torch.softmax(logits, dim=-1)
+    output = None
+    for part, start, end in zip(segments, bounds, bounds[1:]):
+        share = torch.bmm(weights[..., start:end], part.values.flatten(0, 1))
+        if part.expand is not None:
+            share = torch.bmm(share, part.expand.flatten(0, 1).mT)
+        output = share if output is None else output.add_(share)
+    # A row that may see nothing (a padded query) has only -inf scores; its weights are NaN and its output unused.
+    return output.view(batch, kv_heads, rows, -1)
+
+
+def dense_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    softcap: float | None = None,
+    **kwargs,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention over plain tensors: the library's SDPA, or an explicit softmax where logits are soft-capped.
+
+    Args:
+        query (`Tensor`): `(B, H, Q, D)`.
+        key (`Tensor`), value (`Tensor`): `(B, K, N, D)`.
+        attention_mask (`Tensor`, *optional*): boolean or additive, broadcastable to `(B, H, Q, N)`.
+
+    Returns:
+        `tuple`: output `(B, Q, H, D)` and `None`.
+    """
+    if softcap is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    scaling = kwargs.get("scaling")
+    kv_heads, length, stored = key.shape[1], query.shape[2], key.shape[2]
+    rows = group_rows(query, kv_heads)
+    logits = torch.matmul(rows, key.mT) * (scaling if scaling is not None else query.shape[-1] ** -0.5)
+    logits = softcap * torch.tanh(logits / softcap)
+    grid = logits.view(query.shape[0], kv_heads, -1, length, stored)
+    if attention_mask is None and length > 1:
+        attention_mask = torch.ones(length, stored, dtype=torch.bool, device=query.device).tril(stored - length)
+        attention_mask = attention_mask[None, None]
+    if attention_mask is not None:
+        mask = attention_mask[:, :, None]
+        if mask.dtype == torch.bool:
+            grid = grid.masked_fill(~mask, torch.finfo(grid.dtype).min)
+        else:
+            grid = grid + mask
+    weights = torch.softmax(grid, dim=-1, dtype=torch.float32).to(query.dtype).view_as(logits)
+    return ungroup_rows(torch.matmul(weights, value), query.shape[1]), None
+
+
+def kv_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor | KVBlock,
+    value: Tensor | KVBlock,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    **kwargs,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention function registered as `ATTENTION_NAME`; arguments and result as transformers' attention functions.
+
+    A `KVBlock` is attended to where it is stored; tensors (sliding layers, other caches, training) take the usual path.
+    """
+    options = {"scaling": scaling, "dropout": dropout, "softcap": softcap, **kwargs}
+    if not isinstance(key, KVBlock):
+        return dense_attention(module, query, key, value, attention_mask, **options)
+    block, layer = key, key.layer
+    scaling = scaling if scaling is not None else query.shape[-1] ** -0.5
+    context = {"query": query, "mask": attention_mask, "scaling": scaling, "position_ids": kwargs.get("position_ids")}
+    if block.first:
+        if layer.stores_before_prompt:
+            layer.absorb_prompt(block.key, block.value, context)
+            return dense_attention(module, query, *layer.materialize(), attention_mask, **options)
+        output = dense_attention(module, query, block.key, block.value, attention_mask, **options)
+        layer.absorb_prompt(block.key, block.value, context)
+        return output
+    if query.shape[2] <= MAX_IN_SPACE_ROWS and layer.attends_in_space and not query.requires_grad:
+        output = layer.attend(query, attention_mask, scaling, softcap), None
+    else:
+        key, value = layer.materialize()
+        output = dense_attention(module, query, key, value, attention_mask, **options)
+    layer.settle(context)
+    return output
+
+
+# Models with our hooks: the handles, so that `detach_all` can take them off again.
+_hooked: weakref.WeakKeyDictionary[nn.Module, list[RemovableHandle]] = weakref.WeakKeyDictionary()
+
+
+def _our_cache(args: tuple, kwargs: dict):
+    from hf_ext.cache_impls.base import KVCache
+
+    candidates = (kwargs.get("past_key_values"), *args)
+    return next((item for item in candidates if isinstance(item, KVCache)), None)
+
+
+def _switchable(config) -> bool:
+    """Whether our function can stand in for the one the config names: SDPA, or eager where only soft-capping asks it."""
+    implementation = config._attn_implementation
+    softcapped = getattr(config, "attn_logit_softcapping", None) is not None
+    return implementation == "sdpa" or (implementation == "eager" and softcapped)
+
+
+def _before_forward(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    cache = _our_cache(args, kwargs)
+    if cache is None:
+        return
+    tokens = kwargs.get("input_ids")
+    tokens = tokens if tokens is not None else kwargs.get("inputs_embeds")
+    if tokens is not None:
+        cache.check_batch(tokens.shape[0])
+    if ATTENTION_NAME not in AttentionInterface._global_mapping:  # a deep copy keeps hooks that `detach_all` cannot see
+        return
+    config = module.config.get_text_config(decoder=True)
+    implementation = config._attn_implementation
+    if _switchable(config):
+        config._attn_implementation_internal = ATTENTION_NAME
+    cache.previous_implementations.append((config, implementation))
+
+
+def _after_forward(module: nn.Module, args: tuple, kwargs: dict, output) -> None:
+    cache = _our_cache(args, kwargs)
+    if cache is not None and cache.previous_implementations:
+        config, implementation = cache.previous_implementations.pop()
+        config._attn_implementation_internal = implementation
+
+
+def register_attention() -> None:
+    """Makes `ATTENTION_NAME` a valid attention implementation. Repeating it changes nothing."""
+    AttentionInterface.register(ATTENTION_NAME, kv_attention_forward)
+    AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+
+
+def attach(model: nn.Module) -> bool:
+    """Lets `model` attend inside our caches whenever one of them is passed to its forward.
+
+    The attention implementation is switched for the span of a forward call with one of our caches and put back after
+    it, also when the call raises; at all other times the model is as it was.
+
+    Returns:
+        `bool`: whether the model routes attention through transformers' interface. If not (Falcon), the caches hand
+        ordinary tensors to it and stay correct.
+    """
+    if not model._can_set_attn_implementation():
+        return False
+    register_attention()
+    if model not in _hooked:
+        _hooked[model] = [
+            model.register_forward_pre_hook(_before_forward, with_kwargs=True),
+            model.register_forward_hook(_after_forward, with_kwargs=True, always_call=True),
+        ]
+    return True
+
+
+def detach_all() -> None:
+    """Takes every hook off again and removes `ATTENTION_NAME` from transformers' tables."""
+    for handles in _hooked.values():
+        for handle in handles:
+            handle.remove()
+    _hooked.clear()
+    AttentionInterface._global_mapping.pop(ATTENTION_NAME, None)
+    AttentionMaskInterface._global_mapping.pop(ATTENTION_NAME, None)

@@ -1,0 +1,344 @@
+"""What the suite's caches share: storage that grows by pages, the layer contract, byte accounting, model checks.
+
+A cache is one `KVLayer` per full-attention layer of the model; sliding, chunked and linear layers keep the library's
+own classes. A layer hands a `KVBlock` to our attention function when the model runs it, and plain tensors, in the order
+of the text, to any other.
+
+Shapes: B batch, K key/value heads, N tokens, D head dim.
+Plugs in: `generate(past_key_values=...)`, or by name after `hf_ext.register()`.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    Cache,
+    CacheLayerMixin,
+    get_layer_types_and_kwargs,
+)
+
+from hf_ext.cache_impls.attention import ATTENTION_NAME, KVBlock, attach
+from hf_ext.errors import CacheStateError, UnsupportedModelError
+
+
+PAGE = 16  # rows; storage grows to the next multiple
+GROWTH = 32  # a full buffer grows by one part in this many, so that slack stays near 3 % and copying near linear
+
+# Architectures that add a bias per distance to the scores instead of rotating the keys.
+ALIBI_MODELS = ("bloom", "mpt")
+
+
+class RowBuffer:
+    """Rows `(B, K, length, D)` at the front of zeroed storage `(B, K, capacity, D)`.
+
+    `rows` is a view. `data` is the whole storage: kernels want it contiguous and mask what lies behind `length`.
+    """
+
+    def __init__(self, rows: Tensor):
+        self.length = 0
+        self.data = rows.new_zeros(*rows.shape[:2], 0, rows.shape[3])
+        self.append(rows)
+
+    @property
+    def rows(self) -> Tensor:
+        return self.data[:, :, : self.length]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes one token takes, over batch and heads."""
+        batch, heads, _, dim = self.data.shape
+        return batch * heads * dim * self.data.element_size()
+
+    def append(self, rows: Tensor) -> None:
+        start, self.length = self.length, self.length + rows.shape[2]
+        if self.length > self.data.shape[2]:
+            self._resize(start)
+        self.data[:, :, start : self.length] = rows
+
+    def remove(self, start: int, count: int) -> None:
+        """Drops `count` rows from `start` on; later rows move up."""
+        self.data[:, :, start : self.length - count] = self.data[:, :, start + count : self.length].clone()
+        self.length -= count
+        if self.data.shape[2] > _capacity(self.length) + PAGE:
+            self._resize(self.length)
+
+    def reorder(self, index: Tensor) -> None:
+        """Keeps the batch rows `index` names, in its order."""
+        self.data = self.data.index_select(0, index.to(self.data.device))
+
+    def _resize(self, keep: int) -> None:
+        old = self.data
+        self.data = old.new_zeros(*old.shape[:2], _capacity(self.length), old.shape[3])
+        self.data[:, :, :keep] = old[:, :, :keep]
+
+
+def _capacity(length: int) -> int:
+    return -(-(length + length // GROWTH) // PAGE) * PAGE
+
+
+def storage_bytes(tensors: list[Tensor]) -> int:
+    """Bytes of the distinct storages behind `tensors`."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+class KVLayer(CacheLayerMixin):
+    """One full-attention layer of a cache of this suite.
+
+    Subclasses keep the tokens (`absorb_prompt`, `append`), attend to them (`attend`), give them back as tensors
+    (`materialize`) and may tidy up after a step (`settle`).
+
+    Args:
+        model_config (`PreTrainedConfig`): of the text decoder; its attention implementation decides what `update` returns.
+        layer_idx (`int`): the layer's place in the model.
+    """
+
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False
+    supports_early_init = False
+
+    # Whether `attend` can serve short blocks; otherwise they go through `materialize`.
+    attends_in_space = True
+    # Whether the prompt itself attends to the stored form, not to the keys and values it brings.
+    stores_before_prompt = False
+
+    def __init__(self, model_config: PreTrainedConfig, layer_idx: int):
+        super().__init__()
+        self.model_config = model_config
+        self.layer_idx = layer_idx
+        self.seen = 0
+        self.record_past = False
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.batch_size, self.dtype, self.device = key_states.shape[0], key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Any, Any]:
+        """Takes the new tokens `(B, K, Q, D)` in.
+
+        Returns:
+            `tuple`: twice a `KVBlock` where the model runs our attention function, otherwise keys and values of every
+            token seen, `(B, K, N, D)`.
+
+        Raises:
+            `CacheStateError`: the batch differs from the one the cache was filled with.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        elif key_states.shape[0] != self.batch_size:
+            raise CacheStateError(_batch_message(self.batch_size, key_states.shape[0]))
+        first = self.seen == 0
+        self.seen += key_states.shape[2]
+        if not first:
+            self.append(key_states, value_states)
+        if self.model_config._attn_implementation == ATTENTION_NAME:
+            block = KVBlock(self, key_states, value_states, first)
+            return block, block
+        if first:
+            self.absorb_prompt(key_states, value_states, None)
+            return self.materialize() if self.stores_before_prompt else (key_states, value_states)
+        states = self.materialize()
+        self.settle(None)
+        return states
+
+    @abstractmethod
+    def absorb_prompt(self, key: Tensor, value: Tensor, context: dict[str, Any] | None) -> None:
+        """Stores the first tokens, `(B, K, N, D)`.
+
+        `context` holds `query` `(B, H, N, D)`, `mask`, `scaling` and `position_ids` of the attention call, or is `None`
+        where another attention function runs.
+        """
+
+    @abstractmethod
+    def append(self, key: Tensor, value: Tensor) -> None:
+        """Stores later tokens, `(B, K, Q, D)`, as they come."""
+
+    @abstractmethod
+    def attend(self, query: Tensor, mask: Tensor | None, scaling: float, softcap: float | None) -> Tensor:
+        """Attention of the newest tokens, `(B, H, Q, D)`, over everything stored; returns `(B, Q, H, D)`."""
+
+    @abstractmethod
+    def materialize(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of all tokens seen, `(B, K, N, D)`, in the order of the text."""
+
+    def settle(self, context: dict[str, Any] | None) -> None:
+        """Runs after the attention of every later block; nothing to do unless a subclass compresses."""
+
+    @abstractmethod
+    def buffers(self) -> list[RowBuffer]:
+        """Every `RowBuffer` of the layer, for beam search and batch selection."""
+
+    def tensors(self) -> list[Tensor]:
+        """Everything the layer keeps alive."""
+        return [buffer.data for buffer in self.buffers()]
+
+    @abstractmethod
+    def tier_bytes(self) -> dict[str, int]:
+        """Bytes by tier; they add up to the storages behind `tensors()`."""
+
+    def check_crop(self, count: int) -> None:
+        """Raises `CacheStateError` unless the newest `count` tokens can be taken back."""
+        if count > self.seen:
+            raise CacheStateError(f"cannot crop {count} tokens: the cache has seen {self.seen}.")
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes back the newest `-tokens_to_remove` tokens; the argument is zero or negative, as in transformers.
+
+        Raises:
+            `CacheStateError`: a positive argument, or more tokens than the layer can take back.
+        """
+        if tokens_to_remove > 0:
+            raise CacheStateError(f"crop({tokens_to_remove}): pass the number of tokens to remove as a negative integer.")
+        if not self.is_initialized:
+            return
+        self.check_crop(-tokens_to_remove)
+        if tokens_to_remove:
+            self.seen += tokens_to_remove
+            self._drop_newest(-tokens_to_remove)
+        self.settle(None)
+
+    @abstractmethod
+    def _drop_newest(self, count: int) -> None:
+        """Removes the newest `count` tokens from storage; `seen` is already lowered."""
+
+    def activate_past_recording(self) -> None:
+        """Assisted decoding will call `crop` after each forward."""
+        self.record_past = True
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, whatever form they are stored in: positions and masks count from it."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        """Forgets everything; the layer can be filled again, with any batch size."""
+        if self.is_initialized:
+            del self.batch_size
+        self.seen, self.is_initialized = 0, False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Beam search: row `i` becomes a copy of row `beam_idx[i]`."""
+        if self.seen:
+            self._select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.seen:
+            self._select(torch.arange(self.batch_size, device=self.device)[indices])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.seen:
+            self._select(torch.arange(self.batch_size, device=self.device).repeat_interleave(repeats))
+
+    def _select(self, index: Tensor) -> None:
+        self.batch_size = index.shape[0]
+        for buffer in self.buffers():
+            buffer.reorder(index)
+
+    def offload(self) -> None:
+        raise UnsupportedModelError("caches of hf_ext do not move whole layers between devices; use them without offloading.")
+
+
+class KVCache(Cache):
+    """A `Cache` whose full-attention layers are `KVLayer`s.
+
+    Args:
+        model (`PreTrainedModel` or `PreTrainedConfig`):
+            The model the cache is for, or its config. Given the model, or after `hf_ext.register()`, attention runs
+            inside the cache; with only a config and no registration the cache hands ordinary tensors to the model's
+            own attention: the same result, without the speed.
+
+    Raises:
+        `UnsupportedModelError`: an encoder-decoder model, or one whose layers share keys and values.
+    """
+
+    def __init__(self, model: PreTrainedModel | PreTrainedConfig):
+        config = model.config if isinstance(model, nn.Module) else model
+        if not isinstance(config, PreTrainedConfig):
+            raise UnsupportedModelError(
+                f"{type(self).__name__} takes a transformers model or its config first, got {type(model).__name__}."
+            )
+        decoder = config.get_text_config(decoder=True)
+        self.check_model(config, decoder)
+        layer_types, layer_kwargs = get_layer_types_and_kwargs(decoder)
+        layers = [
+            self.make_layer(decoder, index) if kind == "full_attention" else DYNAMIC_LAYER_TYPE_MAPPING[kind](**kwargs)
+            for index, (kind, kwargs) in enumerate(zip(layer_types, layer_kwargs))
+        ]
+        super().__init__(layers=layers)
+        # Filled and emptied by the hooks of `attention.attach`, around each forward call.
+        self.previous_implementations: list[tuple[PreTrainedConfig, str]] = []
+        if isinstance(model, nn.Module):
+            attach(model)
+
+    @abstractmethod
+    def make_layer(self, model_config: PreTrainedConfig, layer_idx: int) -> KVLayer:
+        """A fresh layer for the model's full-attention layer `layer_idx`."""
+
+    def check_model(self, config: PreTrainedConfig, decoder: PreTrainedConfig) -> None:
+        if config.is_encoder_decoder:
+            raise UnsupportedModelError(
+                f"{type(self).__name__} serves decoder-only models; {config.model_type} is an encoder-decoder model."
+            )
+        if "reuse" in (getattr(decoder, "kv_sharing_modes", None) or ()):
+            raise UnsupportedModelError(
+                f"{type(self).__name__}: layers of {config.model_type} share keys and values, which is not supported."
+            )
+
+    @property
+    def kv_layers(self) -> list[KVLayer]:
+        return [layer for layer in self.layers if isinstance(layer, KVLayer)]
+
+    def attach(self, model: PreTrainedModel) -> bool:
+        """Lets `model` attend inside this cache; see `attention.attach`."""
+        return attach(model)
+
+    def check_batch(self, batch_size: int) -> None:
+        """Raises `CacheStateError` if the cache was filled with another batch size."""
+        filled = self.batch_size
+        if filled not in (-1, batch_size):
+            raise CacheStateError(_batch_message(filled, batch_size))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """See `KVLayer.crop`; no layer is touched unless every layer can take the tokens back."""
+        for layer in self.kv_layers:
+            if layer.is_initialized:
+                layer.check_crop(-tokens_to_remove)
+        super().crop(tokens_to_remove)
+
+    def tier_bytes(self) -> dict[str, int]:
+        """Bytes by tier over all layers; library layers (sliding windows) count as `"other"`."""
+        tiers: dict[str, int] = {}
+        for layer in self.layers:
+            parts = layer.tier_bytes() if isinstance(layer, KVLayer) else {"other": storage_bytes(_library_tensors(layer))}
+            for name, count in parts.items():
+                tiers[name] = tiers.get(name, 0) + count
+        return {name: count for name, count in tiers.items() if count}
+
+    def nbytes(self) -> int:
+        """Bytes of every tensor storage the cache keeps alive, slack included."""
+        tensors = []
+        for layer in self.layers:
+            tensors += layer.tensors() if isinstance(layer, KVLayer) else _library_tensors(layer)
+        return storage_bytes(tensors)
+
+
+def _library_tensors(layer: Any) -> list[Tensor]:
+    return [value for value in vars(layer).values() if isinstance(value, Tensor)]
+
+
+def _batch_message(filled: int, asked: int) -> str:
+    return (
+        f"the cache holds a batch of {filled} and was given {asked}; "
+        "make a new cache for each batch, or call reset() on this one."
+    )

@@ -1,0 +1,55 @@
+"""Thirteen research methods as plugins for transformers, peft, accelerate, datasets and the Hub."""
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+
+__version__ = "0.1.0"
+
+# In a checkout the areas are siblings of this folder; the wheel puts them inside it.
+_checkout = Path(__file__).resolve().parent.parent
+if (_checkout / "pyproject.toml").is_file() and (_checkout / "cache_impls").is_dir():
+    __path__.append(str(_checkout))
+
+_EXPORTS = {
+    "CacheStateError": "hf_ext.errors",
+    "ConfigError": "hf_ext.errors",
+    "HfExtError": "hf_ext.errors",
+    "MissingPackageError": "hf_ext.errors",
+    "OjaKVCache": "hf_ext.cache_impls.ojakv",
+    "OjaKVConfig": "hf_ext.cache_impls.ojakv",
+    "PackedCache": "hf_ext.cache_impls.packed",
+    "UnsupportedModelError": "hf_ext.errors",
+    "register": "hf_ext.registration",
+    "registered": "hf_ext.registration",
+    "unregister": "hf_ext.registration",
+}
+__all__ = sorted(_EXPORTS)
+
+if TYPE_CHECKING:
+    from hf_ext.cache_impls.ojakv import OjaKVCache as OjaKVCache
+    from hf_ext.cache_impls.ojakv import OjaKVConfig as OjaKVConfig
+    from hf_ext.cache_impls.packed import PackedCache as PackedCache
+    from hf_ext.errors import CacheStateError as CacheStateError
+    from hf_ext.errors import ConfigError as ConfigError
+    from hf_ext.errors import HfExtError as HfExtError
+    from hf_ext.errors import MissingPackageError as MissingPackageError
+    from hf_ext.errors import UnsupportedModelError as UnsupportedModelError
+    from hf_ext.registration import register as register
+    from hf_ext.registration import registered as registered
+    from hf_ext.registration import unregister as unregister
+
+
+def __getattr__(name: str) -> Any:
+    try:
+        module = _EXPORTS[name]
+    except KeyError:
+        raise AttributeError(f"module 'hf_ext' has no attribute {name!r}") from None
+    value = getattr(importlib.import_module(module), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXPORTS})

@@ -1,0 +1,183 @@
+"""`register()`, `unregister()`, `registered()`: every change this suite makes to another library, all reversible.
+
+transformers keeps a closed list of cache names and builds caches in one private method. Registration appends our names
+to the list and wraps that method; whatever it replaces is put back, the same object, by `unregister()`. Importing
+`hf_ext` calls none of this.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from hf_ext.errors import UnsupportedModelError
+from hf_ext.log import get_logger, warn_once
+
+
+# Name in `cache_implementation` -> class with `from_generate(model, cache_config)`.
+CACHES = {
+    "ojakv": "hf_ext.cache_impls.ojakv:OjaKVCache",
+    "packed": "hf_ext.cache_impls.packed:PackedCache",
+}
+
+_logger = get_logger(__name__)
+_undo: list[Callable[[], None]] = []
+
+
+def register() -> None:
+    """Makes our caches valid values of `cache_implementation`, everywhere transformers accepts one.
+
+    Repeating it changes nothing. After it, `generate(cache_implementation="ojakv", cache_config={...})`,
+    `GenerationConfig(cache_implementation="ojakv")`, pipelines and PEFT-wrapped models build our caches, and a cache of
+    ours passed as `past_key_values` attends in its own storage. A saved generation config never carries our names.
+
+    Raises:
+        `RuntimeError`: the installed transformers lacks a hook point; `hf-ext env` lists them.
+    """
+    if _undo:
+        return
+    missing = [f"{name} ({detail})" for name, found, detail in check_hook_points() if not found]
+    if missing:
+        raise RuntimeError(
+            f"this version of transformers lacks {'; '.join(missing)}; hf_ext was tested with transformers 5.23. "
+            "Caches passed as past_key_values=... work without registration."
+        )
+    from transformers.generation import configuration_utils
+    from transformers.generation.configuration_utils import GenerationConfig
+    from transformers.generation.utils import GenerationMixin
+
+    from hf_ext.cache_impls.attention import register_attention
+
+    _replace(configuration_utils, "ALL_CACHE_IMPLEMENTATIONS", (*configuration_utils.ALL_CACHE_IMPLEMENTATIONS, *CACHES))
+    _replace(
+        GenerationMixin, "_prepare_cache_for_generation", _with_our_caches(GenerationMixin._prepare_cache_for_generation)
+    )
+    _replace(GenerationConfig, "to_json_file", _without_our_names(GenerationConfig.to_json_file))
+    register_attention()
+
+
+def unregister() -> None:
+    """Puts every object `register()` replaced back, and takes our hooks off every model."""
+    while _undo:
+        _undo.pop()()
+    attention = sys.modules.get("hf_ext.cache_impls.attention")
+    if attention is not None:
+        attention.detach_all()
+
+
+@contextmanager
+def registered() -> Iterator[None]:
+    """`register()` for the length of a `with` block; a registration made before it stays."""
+    was_registered = bool(_undo)
+    register()
+    try:
+        yield
+    finally:
+        if not was_registered:
+            unregister()
+
+
+def build_cache(name: str, model: Any, cache_config: dict[str, Any] | None = None) -> Any:
+    """The cache `generate(cache_implementation=name, cache_config=...)` would build for `model`.
+
+    Args:
+        name (`str`): a key of `CACHES`.
+        model (`PreTrainedModel`): the model that will run it.
+        cache_config (`dict`, *optional*): settings of the cache's config class; unknown keys are an error.
+
+    Raises:
+        `ConfigError`: a setting that cannot work. `UnsupportedModelError`: a model the cache cannot serve.
+    """
+    module, _, attribute = CACHES[name].partition(":")
+    cache = getattr(importlib.import_module(module), attribute)
+    if not model._supports_default_dynamic_cache():
+        raise UnsupportedModelError(
+            f"cache_implementation={name!r} needs a model with a key/value cache; {type(model).__name__} keeps another "
+            "kind of state. Generate without cache_implementation."
+        )
+    return cache.from_generate(model, cache_config)
+
+
+def check_hook_points() -> list[tuple[str, bool, str]]:
+    """Whether the private parts of transformers we build on are as we know them.
+
+    Returns:
+        `list[tuple[str, bool, str]]`: name, found as expected, detail.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface, GenerationConfig, PreTrainedModel, cache_utils
+    from transformers.generation import configuration_utils
+    from transformers.generation.utils import GenerationMixin
+
+    def parameters(function: Callable | None) -> list[str]:
+        return list(inspect.signature(function).parameters) if function else []
+
+    prepare = parameters(getattr(GenerationMixin, "_prepare_cache_for_generation", None))
+    names = getattr(configuration_utils, "ALL_CACHE_IMPLEMENTATIONS", None)
+    return [
+        ("GenerationMixin._prepare_cache_for_generation", prepare[1:3] == ["generation_config", "model_kwargs"], str(prepare)),
+        ("configuration_utils.ALL_CACHE_IMPLEMENTATIONS", isinstance(names, tuple), str(names)),
+        ("GenerationConfig.to_json_file", hasattr(GenerationConfig, "to_json_file"), ""),
+        ("AttentionInterface._global_mapping", isinstance(getattr(AttentionInterface, "_global_mapping", None), dict), ""),
+        (
+            "AttentionMaskInterface._global_mapping",
+            isinstance(getattr(AttentionMaskInterface, "_global_mapping", None), dict),
+            "",
+        ),
+        ("PreTrainedModel._can_set_attn_implementation", hasattr(PreTrainedModel, "_can_set_attn_implementation"), ""),
+        ("cache_utils.get_layer_types_and_kwargs", hasattr(cache_utils, "get_layer_types_and_kwargs"), ""),
+        (
+            "CacheLayerMixin.get_mask_sizes(query_length)",
+            parameters(cache_utils.CacheLayerMixin.get_mask_sizes) == ["self", "query_length"],
+            "",
+        ),
+    ]
+
+
+def _replace(owner: Any, name: str, value: Any) -> None:
+    original = getattr(owner, name)
+    _undo.append(lambda: setattr(owner, name, original))
+    setattr(owner, name, value)
+
+
+def _with_our_caches(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def prepare(self, generation_config, model_kwargs, generation_mode, batch_size, *args, **kwargs):
+        from hf_ext.cache_impls.base import KVCache
+
+        name, given = generation_config.cache_implementation, model_kwargs.get("past_key_values")
+        if isinstance(given, KVCache):
+            given.check_batch(max(generation_config.num_beams, generation_config.num_return_sequences) * batch_size)
+            given.attach(self)
+        if name not in CACHES or given is not None or generation_config.use_cache is False:
+            return original(self, generation_config, model_kwargs, generation_mode, batch_size, *args, **kwargs)
+        cache = build_cache(name, self, generation_config.cache_config)
+        # `generation_config` is this call's own copy. An assistant copies it again and passes its own cache, which
+        # transformers refuses next to a name.
+        generation_config.cache_implementation = generation_config.cache_config = None
+        if getattr(generation_config, "is_assistant", False):
+            cache.activate_past_recording()
+        model_kwargs["past_key_values"] = cache
+
+    return prepare
+
+
+def _without_our_names(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def to_json_file(self, *args, **kwargs):
+        if self.cache_implementation in CACHES:
+            warn_once(
+                _logger,
+                f"cache_implementation={self.cache_implementation!r} is left out of the saved generation config: "
+                "without hf_ext no one could load it.",
+            )
+            self = copy.copy(self)
+            self.cache_implementation = self.cache_config = None
+        return original(self, *args, **kwargs)
+
+    return to_json_file

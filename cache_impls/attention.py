@@ -218,7 +218,8 @@ def _before_forward(module: nn.Module, args: tuple, kwargs: dict) -> None:
     tokens = tokens if tokens is not None else kwargs.get("inputs_embeds")
     if tokens is not None:
         cache.check_batch(tokens.shape[0])
-    if ATTENTION_NAME not in AttentionInterface._global_mapping:  # a deep copy keeps hooks that `detach_all` cannot see
+    # A deep copy of a model keeps hooks that `detach_all` cannot see.
+    if ATTENTION_NAME not in AttentionInterface._global_mapping:
         return
     config = module.config.get_text_config(decoder=True)
     implementation = config._attn_implementation

@@ -65,7 +65,7 @@ class RowBuffer:
         """Drops `count` rows from `start` on; later rows move up."""
         self.data[:, :, start : self.length - count] = self.data[:, :, start + count : self.length].clone()
         self.length -= count
-        if self.data.shape[2] > _capacity(self.length) + PAGE:
+        if self.data.shape[2] > padded_rows(self.length) + PAGE:
             self._resize(self.length)
 
     def reorder(self, index: Tensor) -> None:
@@ -74,11 +74,12 @@ class RowBuffer:
 
     def _resize(self, keep: int) -> None:
         old = self.data
-        self.data = old.new_zeros(*old.shape[:2], _capacity(self.length), old.shape[3])
+        self.data = old.new_zeros(*old.shape[:2], padded_rows(self.length), old.shape[3])
         self.data[:, :, :keep] = old[:, :, :keep]
 
 
-def _capacity(length: int) -> int:
+def padded_rows(length: int) -> int:
+    """Rows a `RowBuffer` allocates for `length` tokens."""
     return -(-(length + length // GROWTH) // PAGE) * PAGE
 
 
@@ -194,14 +195,19 @@ class KVLayer(CacheLayerMixin):
             `CacheStateError`: a positive argument, or more tokens than the layer can take back.
         """
         if tokens_to_remove > 0:
-            raise CacheStateError(f"crop({tokens_to_remove}): pass the number of tokens to remove as a negative integer.")
+            raise CacheStateError(
+                f"crop({tokens_to_remove}): pass the number of tokens to remove as a negative integer."
+            )
         if not self.is_initialized:
             return
         self.check_crop(-tokens_to_remove)
         if tokens_to_remove:
             self.seen += tokens_to_remove
             self._drop_newest(-tokens_to_remove)
-        self.settle(None)
+        self.after_crop()
+
+    def after_crop(self) -> None:
+        """Runs after every `crop`, the point past which recorded tokens are final."""
 
     @abstractmethod
     def _drop_newest(self, count: int) -> None:
@@ -246,7 +252,9 @@ class KVLayer(CacheLayerMixin):
             buffer.reorder(index)
 
     def offload(self) -> None:
-        raise UnsupportedModelError("caches of hf_ext do not move whole layers between devices; use them without offloading.")
+        raise UnsupportedModelError(
+            "caches of hf_ext do not move whole layers between devices; use them without offloading."
+        )
 
 
 class KVCache(Cache):
@@ -271,19 +279,25 @@ class KVCache(Cache):
         decoder = config.get_text_config(decoder=True)
         self.check_model(config, decoder)
         layer_types, layer_kwargs = get_layer_types_and_kwargs(decoder)
-        layers = [
-            self.make_layer(decoder, index) if kind == "full_attention" else DYNAMIC_LAYER_TYPE_MAPPING[kind](**kwargs)
-            for index, (kind, kwargs) in enumerate(zip(layer_types, layer_kwargs))
-        ]
+        self.prepare(decoder, layer_types.count("full_attention"))
+        layers: list[Any] = []
+        for index, (kind, kwargs) in enumerate(zip(layer_types, layer_kwargs)):
+            if kind == "full_attention":
+                layers.append(self.make_layer(decoder, index, layer_types[:index].count(kind)))
+            else:
+                layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**kwargs))
         super().__init__(layers=layers)
         # Filled and emptied by the hooks of `attention.attach`, around each forward call.
         self.previous_implementations: list[tuple[PreTrainedConfig, str]] = []
         if isinstance(model, nn.Module):
             attach(model)
 
+    def prepare(self, decoder: PreTrainedConfig, layers: int) -> None:
+        """Runs before the layers are made; `layers` counts the full-attention ones."""
+
     @abstractmethod
-    def make_layer(self, model_config: PreTrainedConfig, layer_idx: int) -> KVLayer:
-        """A fresh layer for the model's full-attention layer `layer_idx`."""
+    def make_layer(self, model_config: PreTrainedConfig, layer_idx: int, order: int) -> KVLayer:
+        """A layer for place `layer_idx` of the model; it is the `order`-th full-attention layer."""
 
     def check_model(self, config: PreTrainedConfig, decoder: PreTrainedConfig) -> None:
         if config.is_encoder_decoder:
@@ -320,7 +334,9 @@ class KVCache(Cache):
         """Bytes by tier over all layers; library layers (sliding windows) count as `"other"`."""
         tiers: dict[str, int] = {}
         for layer in self.layers:
-            parts = layer.tier_bytes() if isinstance(layer, KVLayer) else {"other": storage_bytes(_library_tensors(layer))}
+            parts = (
+                layer.tier_bytes() if isinstance(layer, KVLayer) else {"other": storage_bytes(_library_tensors(layer))}
+            )
             for name, count in parts.items():
                 tiers[name] = tiers.get(name, 0) + count
         return {name: count for name, count in tiers.items() if count}

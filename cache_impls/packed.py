@@ -41,7 +41,7 @@ class PackedLayer(KVLayer):
         self.value.append(value)
 
     def attend(self, query: Tensor, mask: Tensor | None, scaling: float, softcap: float | None) -> Tensor:
-        kv_heads, length = self.key.data.shape[1], query.shape[2]
+        kv_heads = self.key.data.shape[1]
         rows, groups = group_rows(query, kv_heads), query.shape[1] // kv_heads
         visible = group_mask(mask, groups, self.seen)
         # On a CPU the bfloat16 flash kernel spends more time converting than the plain products spend reading.
@@ -87,12 +87,14 @@ class PackedCache(KVCache):
         ```
     """
 
-    def make_layer(self, model_config: PreTrainedConfig, layer_idx: int) -> PackedLayer:
+    def make_layer(self, model_config: PreTrainedConfig, layer_idx: int, order: int) -> PackedLayer:
         return PackedLayer(model_config, layer_idx)
 
     @classmethod
     def from_generate(cls, model: PreTrainedModel, cache_config: dict[str, Any] | None) -> PackedCache:
         """Builds the cache for `generate(cache_implementation="packed", cache_config=...)`; it has no settings."""
         if cache_config:
-            raise ConfigError(f"PackedCache has no settings; remove {', '.join(map(repr, cache_config))} from cache_config.")
+            raise ConfigError(
+                f"PackedCache has no settings; remove {', '.join(map(repr, cache_config))} from cache_config."
+            )
         return cls(model)

@@ -54,9 +54,13 @@ def register() -> None:
 
     from hf_ext.cache_impls.attention import register_attention
 
-    _replace(configuration_utils, "ALL_CACHE_IMPLEMENTATIONS", (*configuration_utils.ALL_CACHE_IMPLEMENTATIONS, *CACHES))
     _replace(
-        GenerationMixin, "_prepare_cache_for_generation", _with_our_caches(GenerationMixin._prepare_cache_for_generation)
+        configuration_utils, "ALL_CACHE_IMPLEMENTATIONS", (*configuration_utils.ALL_CACHE_IMPLEMENTATIONS, *CACHES)
+    )
+    _replace(
+        GenerationMixin,
+        "_prepare_cache_for_generation",
+        _with_our_caches(GenerationMixin._prepare_cache_for_generation),
     )
     _replace(GenerationConfig, "to_json_file", _without_our_names(GenerationConfig.to_json_file))
     register_attention()
@@ -120,10 +124,18 @@ def check_hook_points() -> list[tuple[str, bool, str]]:
     prepare = parameters(getattr(GenerationMixin, "_prepare_cache_for_generation", None))
     names = getattr(configuration_utils, "ALL_CACHE_IMPLEMENTATIONS", None)
     return [
-        ("GenerationMixin._prepare_cache_for_generation", prepare[1:3] == ["generation_config", "model_kwargs"], str(prepare)),
+        (
+            "GenerationMixin._prepare_cache_for_generation",
+            prepare[1:3] == ["generation_config", "model_kwargs"],
+            str(prepare),
+        ),
         ("configuration_utils.ALL_CACHE_IMPLEMENTATIONS", isinstance(names, tuple), str(names)),
         ("GenerationConfig.to_json_file", hasattr(GenerationConfig, "to_json_file"), ""),
-        ("AttentionInterface._global_mapping", isinstance(getattr(AttentionInterface, "_global_mapping", None), dict), ""),
+        (
+            "AttentionInterface._global_mapping",
+            isinstance(getattr(AttentionInterface, "_global_mapping", None), dict),
+            "",
+        ),
         (
             "AttentionMaskInterface._global_mapping",
             isinstance(getattr(AttentionMaskInterface, "_global_mapping", None), dict),

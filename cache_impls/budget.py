@@ -1,0 +1,153 @@
+"""How a byte budget becomes ranks: per layer as its prompt comes in, or over all layers once the last one ran.
+
+Every byte counts: full-rank tokens, coordinates, bases, their eigenvalues, anchor positions and the slack of storage
+that grows by pages. Used by `ojakv.py`; the rule that shares ranks by eigenvalue is `subspace.water_fill`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hf_ext.cache_impls import subspace
+from hf_ext.cache_impls.base import padded_rows
+from hf_ext.errors import ConfigError
+from hf_ext.log import get_logger, warn_once
+
+
+if TYPE_CHECKING:
+    from hf_ext.cache_impls.ojakv import OjaKVConfig, OjaKVLayer
+
+_logger = get_logger(__name__)
+
+
+@dataclass
+class Prompt:
+    """The tokens a layer is about to compress, and what is known of them.
+
+    Args:
+        key (`Tensor`), value (`Tensor`): `(B, K, N, D)`, as the model made them.
+        queries (`Tensor`, *optional*): `(B, H, W, D)`, of the last W tokens.
+        pads (`Tensor`, *optional*): `(B,)`, leading padding tokens of each row.
+        scaling (`float`): of the logits.
+        low_key (`Tensor`): `(B, K, N, D)`, the keys in the space they are compressed in.
+        bases (`list[Tensor]`): full eigenvector matrices of keys and values, `(B, K, D, D)`.
+        spectra (`list[Tensor]`): their eigenvalues, descending, `(B, K, D)`.
+    """
+
+    key: Tensor
+    value: Tensor
+    queries: Tensor | None
+    pads: Tensor | None
+    scaling: float
+    low_key: Tensor
+    bases: list[Tensor] = field(default_factory=list)
+    spectra: list[Tensor] = field(default_factory=list)
+
+    @property
+    def valid(self) -> Tensor | None:
+        if self.pads is None:
+            return None
+        return torch.arange(self.key.shape[2], device=self.key.device) >= self.pads[:, None]
+
+
+class RankBudget:
+    """Turns the config's budget into ranks; one per cache, shared by its layers.
+
+    Args:
+        config (`OjaKVConfig`): the budget.
+        layers (`int`): full-attention layers it is divided among.
+    """
+
+    def __init__(self, config: OjaKVConfig, layers: int):
+        self.config, self.layers = config, layers
+        self.waiting: list[tuple[OjaKVLayer, Prompt]] = []
+
+    def anchors(self, middle: int) -> int:
+        return int(self.config.anchor_ratio * middle)
+
+    def worth_trying(self, length: int, recent: int) -> bool:
+        """Whether there is a token to compress at all."""
+        return self.config.ratio != 1 and length > self.config.sink_tokens + recent
+
+    def ranks(self, prompt: Prompt, recent: int) -> tuple[int, int] | None:
+        """Ranks of one layer's keys and values, or `None` where compression would not save bytes.
+
+        Args:
+            prompt (`Prompt`): its shapes and spectra are read.
+            recent (`int`): newest tokens kept at full rank.
+        """
+        config, (key_dim, value_dim) = self.config, (prompt.key.shape[-1], prompt.value.shape[-1])
+        dense, fixed, costs = self.layer_bytes(prompt, recent)
+        if config.energy is not None:
+            ranks = [subspace.energy_rank(spectrum, config.energy) for spectrum in prompt.spectra]
+        elif config.key_ratio is not None and config.value_ratio is not None:
+            ranks = [max(1, round(config.key_ratio * key_dim)), max(1, round(config.value_ratio * value_dim))]
+        else:
+            share = config.ratio if config.ratio is not None else self.byte_share(prompt)
+            left = share * dense - fixed
+            if config.allocation == "equal":
+                rank = max(int(left / sum(costs)), 0)
+                extra = rank * sum(costs) + costs[1] <= left
+                ranks = [min(rank, key_dim), min(rank + extra, value_dim)]
+            else:
+                ranks = subspace.water_fill([s.mean((0, 1)) for s in prompt.spectra], costs, left)
+            ranks = self.at_least(ranks, share, key_dim, value_dim, prompt.key.shape[2])
+        if fixed + sum(rank * cost for rank, cost in zip(ranks, costs)) >= dense:
+            return None
+        return ranks[0], ranks[1]
+
+    def at_least(self, ranks: list[int], share: float, key_dim: int, value_dim: int, length: int) -> list[int]:
+        """Under `ratio`, half of the asymptotic rank: a budget eaten up by the fixed parts must not ruin the rest."""
+        config = self.config
+        if config.ratio is None:
+            if min(ranks) < 1:
+                raise ConfigError(
+                    f"OjaKVConfig.max_bytes={config.max_bytes} does not hold the full-rank tokens of a prompt of "
+                    f"{length} tokens; raise it, or lower sink_tokens, recent_tokens or anchor_ratio."
+                )
+            return ranks
+        floors = [max(1, round(share * dim / 2)) for dim in (key_dim, value_dim)]
+        if config.allocation != "equal":
+            floors = [1, 1]
+        if any(rank < floor for rank, floor in zip(ranks, floors)):
+            warn_once(
+                _logger,
+                f"ojakv: a prompt of {length} tokens is too short for ratio={config.ratio} with {config.sink_tokens} sinks, "
+                f"{config.recent_tokens} newest tokens and anchor_ratio={config.anchor_ratio}; the cache will be larger.",
+            )
+        return [max(rank, floor) for rank, floor in zip(ranks, floors)]
+
+    def layer_bytes(self, prompt: Prompt, recent: int) -> tuple[int, int, list[float]]:
+        """Per batch row and head: bytes of the dense cache, of all full-rank tokens, and of one rank of each stream."""
+        length, size = prompt.key.shape[2], prompt.key.element_size()
+        dims = prompt.key.shape[-1], prompt.value.shape[-1]
+        sinks = self.config.sink_tokens
+        anchors = self.anchors(length - sinks - recent)
+        fixed = padded_rows(sinks + anchors + recent) * sum(dims) * size + anchors * 4
+        low = padded_rows(length - sinks - anchors - recent)
+        return length * sum(dims) * size, fixed, [float((low + dim) * size + 4) for dim in dims]
+
+    def byte_share(self, prompt: Prompt) -> float:
+        dense = prompt.key.shape[2] * (prompt.key.shape[-1] + prompt.value.shape[-1]) * prompt.key.element_size()
+        return self.config.max_bytes / (self.layers * dense * prompt.key.shape[0] * prompt.key.shape[1])
+
+    def submit(self, layer: OjaKVLayer, prompt: Prompt) -> None:
+        """`allocation="global"`: holds the layer's prompt back until the last one is in, then compresses them all."""
+        self.waiting.append((layer, prompt))
+        if len(self.waiting) < self.layers:
+            return
+        waiting, self.waiting = self.waiting, []
+        streams, costs, left = [], [], 0.0
+        for owner, held in waiting:
+            dense, fixed, cost = self.layer_bytes(held, owner.recent_target)
+            share = self.config.ratio if self.config.ratio is not None else self.byte_share(held)
+            left += share * dense - fixed
+            streams += [s.mean((0, 1)) for s in held.spectra]
+            costs += cost
+        ranks = subspace.water_fill(streams, costs, left)
+        for index, (owner, held) in enumerate(waiting):
+            owner.compress(held, (ranks[2 * index], ranks[2 * index + 1]))

@@ -1,0 +1,589 @@
+"""OjaKV: a key/value cache whose middle tokens live in a low-rank basis that follows the text.
+
+Paper: https://huggingface.co/papers/2509.21623 (arXiv 2509.21623). The first tokens (sinks), the newest tokens and a
+few tokens that matter (anchors) stay at full rank. Every other token is stored as its coordinates in one basis for keys
+and one for values, per layer and head. The bases are fitted to the prompt after its attention ran at full rank, then
+updated every `update_interval` generated tokens. Decoding attends in the coordinates: `q . (c U^T) = (q U) . c`, so
+nothing is rebuilt, and the scale stays `1 / sqrt(D)`. The mathematics is in `subspace.py`.
+
+Shapes: B batch, H query heads, K key/value heads, N tokens, D head dim, R rank.
+Plugs in: `generate(cache_implementation="ojakv", cache_config={...})` after `hf_ext.register()`, or
+`generate(past_key_values=OjaKVCache(model, OjaKVConfig(...)))`.
+
+Differs from the paper: bases by eigendecomposition (`update_rule="oja"` is the paper's); coordinates keep the basis they
+were written in (`coefficients="rotate"` re-expresses them); the budget counts every byte, bases, anchors and slack
+included, where the paper's ratio is the rank's share of the head dimension (`key_ratio`, `value_ratio`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from hf_ext.cache_impls import subspace
+from hf_ext.cache_impls.attention import Segment, group_rows, segment_attention, ungroup_rows
+from hf_ext.cache_impls.base import ALIBI_MODELS, KVCache, KVLayer, RowBuffer, storage_bytes
+from hf_ext.cache_impls.budget import Prompt, RankBudget
+from hf_ext.cache_impls.calibration import Calibration
+from hf_ext.cache_impls.rope import UNROTATED_MODELS, Rope
+from hf_ext.cache_impls.rows import extend_hidden, leading_pads, position_shift, split_top, take, visible_rows
+from hf_ext.config import MethodConfig
+from hf_ext.errors import CacheStateError, UnsupportedModelError
+
+
+# Newest tokens kept out of compression while assisted decoding may take them back, beyond `recent_tokens`.
+RECORDED_TOKENS = 64
+
+
+@dataclass
+class OjaKVConfig(MethodConfig):
+    """Budget, full-rank tokens and basis updates of an `OjaKVCache` (arXiv 2509.21623).
+
+    At most one of `ratio`, `max_bytes`, `energy` and the pair `key_ratio`/`value_ratio` sets the size.
+
+    Args:
+        ratio (`float`, *optional*):
+            Bytes of the whole cache at the end of the prompt as a share of the dense cache, in (0, 1]; 0.6 when nothing
+            else sets the size. 1 stores everything exactly. Short prompts, where sinks, newest tokens and bases fill
+            the budget, keep at least half of the rank a long one would get and exceed it.
+        max_bytes (`int`, *optional*):
+            The same as a number of bytes, over all layers and the batch. Generated tokens come on top.
+        energy (`float`, *optional*):
+            Smallest ranks that keep this share of the energy in every head of a layer, in (0, 1].
+        key_ratio (`float`, *optional*), value_ratio (`float`, *optional*):
+            Ranks as shares of the head dimension, in (0, 1]: the paper's ratio. Set both.
+        allocation (`str`, defaults to `"equal"`):
+            How `ratio` or `max_bytes` becomes ranks. `"equal"`: keys and values of all layers alike. `"layer"`: by
+            eigenvalues between keys and values of a layer. `"global"`: by eigenvalues over all layers; holds the dense
+            prompt until its last layer ran.
+        sink_tokens (`int`, defaults to 32), recent_tokens (`int`, defaults to 32):
+            First and newest tokens kept at full rank.
+        anchor_ratio (`float`, defaults to 0.15):
+            Share of the tokens between them kept at full rank, per key/value head, in [0, 1).
+        anchor_score (`str`, defaults to `"attention_residual"`):
+            What makes an anchor: `"attention"` it receives from sampled queries, the norm of its key's `"residual"`,
+            their product, or the root mean square error of its `"logit"`.
+        query_window (`int`, defaults to 32):
+            Queries the scores look at: the last ones of the prompt.
+        update_rule (`str`, defaults to `"exact"`):
+            `"exact"`, `"hebbian"`, `"oja"`, or `"none"` for a basis that never moves.
+        normalize (`str`, *optional*, defaults to `"lambda"`):
+            `"lambda"` divides the covariance by a bound of its largest eigenvalue before a step of `"hebbian"` or
+            `"oja"`; `None` is the literal rule, which destroys the basis on real keys.
+        prompt_learning_rate (`float`, defaults to 0.1), decode_learning_rate (`float`, defaults to 0.05):
+            Rates of those two rules (the paper's eta). Zero keeps the basis.
+        pool_window (`int`, defaults to 4): tokens averaged before the prompt step of those two rules.
+        update_interval (`int`, defaults to 64): generated tokens between updates (the paper's T).
+        forgetting (`float`, defaults to 0.9): weight of the past in the covariance of `"exact"` (rho).
+        coefficients (`str`, defaults to `"versioned"`):
+            `"versioned"` leaves coordinates as written; `"rotate"` re-expresses all in every new basis.
+        drift_tolerance (`float`, defaults to 0.02): a basis moved less than this is not replaced.
+        max_versions (`int`, defaults to 4): bases kept per stream; beyond it the youngest is rotated.
+        prefill (`str`, defaults to `"full"`):
+            `"full"`: the prompt attends to full-rank keys and values. `"compressed"`: to the compressed ones.
+        key_space (`str`, defaults to `"post"`):
+            `"pre"` compresses keys before rotary embedding: smaller error, but every step rebuilds the keys.
+        calibration (`str`, *optional*):
+            A file of `Calibration.save`, the starting basis of every rule but `"exact"`, which takes the prompt's own.
+            Without it they too start from the prompt's.
+    """
+
+    ratio: float | None = None
+    max_bytes: int | None = None
+    energy: float | None = None
+    key_ratio: float | None = None
+    value_ratio: float | None = None
+    allocation: Literal["equal", "layer", "global"] = "equal"
+    sink_tokens: int = 32
+    recent_tokens: int = 32
+    anchor_ratio: float = 0.15
+    anchor_score: Literal["attention", "attention_residual", "residual", "logit"] = "attention_residual"
+    query_window: int = 32
+    update_rule: Literal["exact", "hebbian", "oja", "none"] = "exact"
+    normalize: Literal["lambda"] | None = "lambda"
+    prompt_learning_rate: float = 0.1
+    decode_learning_rate: float = 0.05
+    pool_window: int = 4
+    update_interval: int = 64
+    forgetting: float = 0.9
+    coefficients: Literal["versioned", "rotate"] = "versioned"
+    drift_tolerance: float = 0.02
+    max_versions: int = 4
+    prefill: Literal["full", "compressed"] = "full"
+    key_space: Literal["post", "pre"] = "post"
+    calibration: str | None = None
+
+    def __post_init__(self) -> None:
+        if all(value is None for value in (self.ratio, self.max_bytes, self.energy, self.key_ratio, self.value_ratio)):
+            self.ratio = 0.6
+        super().__post_init__()
+
+    def validate(self) -> None:
+        for field in ("ratio", "energy", "key_ratio", "value_ratio"):
+            value = getattr(self, field)
+            self.check(value is None or 0 < value <= 1, field, "must lie in (0, 1]")
+        self.check(self.max_bytes is None or self.max_bytes > 0, "max_bytes", "must be positive")
+        self.check((self.key_ratio is None) == (self.value_ratio is None), "key_ratio", "and value_ratio go together")
+        budgets = [f for f in ("ratio", "max_bytes", "energy", "key_ratio") if getattr(self, f) is not None]
+        self.check(len(budgets) == 1, budgets[0], f"cannot be combined with {', '.join(budgets[1:])}; set one of them")
+        by_bytes = budgets[0] in ("ratio", "max_bytes")
+        self.check(by_bytes or self.allocation == "equal", "allocation", "needs ratio or max_bytes as the budget")
+        for field in ("sink_tokens", "recent_tokens"):
+            self.check(getattr(self, field) >= 0, field, "must not be negative")
+        for field in ("query_window", "pool_window", "update_interval", "max_versions"):
+            self.check(getattr(self, field) >= 1, field, "must be at least 1")
+        self.check(0 <= self.anchor_ratio < 1, "anchor_ratio", "must lie in [0, 1)")
+        for field in ("prompt_learning_rate", "decode_learning_rate", "drift_tolerance"):
+            self.check(getattr(self, field) >= 0, field, "must not be negative")
+        self.check(0 <= self.forgetting < 1, "forgetting", "must lie in [0, 1)")
+        self.check(
+            not (self.prefill == "compressed" and self.allocation == "global"),
+            "prefill",
+            "needs the ranks of a layer before the next one runs; use allocation 'equal' or 'layer'",
+        )
+
+
+@dataclass
+class LowRankSegment:
+    """Coordinates written in one version of the bases.
+
+    `key_basis` `(B, K, D, R)` and `value_basis` `(B, K, D, S)` in the cache's dtype; `key` and `value` hold `(B, K, N, R)`
+    and `(B, K, N, S)`; `hidden` `(B, N)` marks padding among the first rows, if there is any.
+    """
+
+    key_basis: Tensor
+    value_basis: Tensor
+    key: RowBuffer
+    value: RowBuffer
+    hidden: Tensor | None = None
+
+    def tensors(self) -> list[Tensor]:
+        return [t for t in (self.key_basis, self.value_basis, self.hidden) if t is not None]
+
+    def reorder(self, index: Tensor) -> None:
+        self.key_basis, self.value_basis = self.key_basis[index], self.value_basis[index]
+        self.hidden = None if self.hidden is None else self.hidden[index]
+
+
+class OjaKVLayer(KVLayer):
+    """One layer: full-rank rows `[sinks | anchors | newest]`, then low-rank segments in the order of the text.
+
+    Args:
+        model_config (`PreTrainedConfig`): of the text decoder.
+        layer_idx (`int`): the layer's place in the model.
+        config (`OjaKVConfig`): settings.
+        budget (`RankBudget`): shared by the layers of a cache.
+        rope (`Rope`, *optional*): given when keys are compressed before rotary embedding.
+        start (`list[Tensor]`, *optional*): calibrated bases of keys and values, `(K, D, D)`.
+    """
+
+    def __init__(
+        self,
+        model_config: PreTrainedConfig,
+        layer_idx: int,
+        config: OjaKVConfig,
+        budget: RankBudget,
+        rope: Rope | None = None,
+        start: list[Tensor] | None = None,
+    ):
+        super().__init__(model_config, layer_idx)
+        self.config, self.budget, self.rope, self.start = config, budget, rope, start
+        self.attends_in_space = rope is None
+        self.stores_before_prompt = config.prefill == "compressed"
+        self._clear()
+
+    def _clear(self) -> None:
+        self.full: list[RowBuffer] = []  # keys, values
+        self.segments: list[LowRankSegment] = []
+        self.sinks, self.anchors, self.tried = 0, 0, 0
+        self.anchor_positions: Tensor | None = None  # (B, K, A), ascending
+        self.hidden_full: Tensor | None = None  # (B, rows), padding among the first full-rank rows
+        self.pads: Tensor | None = None  # (B,), leading padding of each row
+        self.sink_start: Tensor | None = None  # (B, 1), place of the first sink where rows are padded
+        self.shift: Tensor | None = None  # (B,), place in the text minus position id
+        self.spectra: list[Tensor] = []  # (B, K, R) of the bases below, for update_rule="exact"
+        self.running: list[Tensor] = []  # bases as the updates move them; those of the newest segment until the first
+
+    @property
+    def recent_target(self) -> int:
+        return self.config.recent_tokens + (RECORDED_TOKENS if self.record_past else 0)
+
+    @property
+    def recent(self) -> int:
+        return self.full[0].length - self.sinks - self.anchors
+
+    def absorb_prompt(self, key: Tensor, value: Tensor, context: dict[str, Any] | None) -> None:
+        self._clear()
+        self.pads = leading_pads(None if context is None else context["mask"], key.shape[2])
+        self.shift = position_shift(context, key.shape[2])
+        if not self._try_compress(key, value, context, first=True):
+            self._store_full(key, value, self.pads)
+
+    def append(self, key: Tensor, value: Tensor) -> None:
+        for buffer, rows in zip(self.full, (key, value)):
+            buffer.append(rows)
+
+    def settle(self, context: dict[str, Any] | None) -> None:
+        if not self.record_past:
+            self._compress_overflow(context)
+
+    def after_crop(self) -> None:
+        self._compress_overflow(None)
+
+    def _store_full(self, key: Tensor, value: Tensor, pads: Tensor | None) -> None:
+        self.full = [RowBuffer(key), RowBuffer(value)]
+        if pads is not None:
+            self.hidden_full = torch.arange(key.shape[2], device=key.device) < pads[:, None]
+
+    def _try_compress(self, key: Tensor, value: Tensor, context: dict[str, Any] | None, first: bool = False) -> bool:
+        """Compresses everything but the newest tokens if that saves bytes; says whether it did, or will."""
+        key, value = key.contiguous(), value.contiguous()
+        length, self.tried = key.shape[2], key.shape[2]
+        if not self.budget.worth_trying(length, self.recent_target):
+            return False
+        queries = None if context is None else context["query"][:, :, -self.config.query_window :]
+        scaling = key.shape[-1] ** -0.5 if context is None else context["scaling"]
+        low_key = self._unrotated(key, torch.arange(length, device=key.device).expand(key.shape[0], -1))
+        prompt = Prompt(key, value, queries, self.pads, scaling, low_key)
+        for stream, tokens in enumerate((low_key, value)):
+            if self.start is not None and self.config.update_rule != "exact":
+                basis = self.start[stream].to(key.device).expand(key.shape[0], -1, -1, -1)
+                spectrum = (basis.mT @ subspace.covariance(tokens, prompt.valid) @ basis).diagonal(dim1=-2, dim2=-1)
+            else:
+                basis, spectrum = subspace.top_basis(subspace.covariance(tokens, prompt.valid), tokens.shape[-1])
+            prompt.bases.append(basis)
+            prompt.spectra.append(spectrum)
+        if first and self.config.allocation == "global":
+            self.budget.submit(self, prompt)
+            return True
+        ranks = self.budget.ranks(prompt, self.recent_target)
+        if ranks is not None:
+            self.compress(prompt, ranks)
+        return ranks is not None
+
+    def compress(self, prompt: Prompt, ranks: tuple[int, int]) -> None:
+        """Splits the tokens into sinks, anchors, newest and compressed ones, and stores them.
+
+        Args:
+            prompt (`Prompt`): all tokens of the layer so far.
+            ranks (`tuple[int, int]`): of keys and values.
+        """
+        config, key, value, pads = self.config, prompt.key, prompt.value, prompt.pads
+        bases = [basis[..., :rank] for basis, rank in zip(prompt.bases, ranks)]
+        bases = [self._prompt_step(basis, tokens, prompt) for basis, tokens in zip(bases, (prompt.low_key, value))]
+        bases = [basis.to(key.dtype).contiguous() for basis in bases]
+        length, sinks = key.shape[2], config.sink_tokens
+        middle = length - sinks - self.recent_target
+        places = torch.arange(length, device=key.device).expand(key.shape[0], -1)
+        if pads is not None:
+            # Sinks are the first real tokens; padding before them joins the middle, where it stays hidden.
+            start = self.sink_start = pads.clamp(max=middle)[:, None]
+            slot = places[:, :middle]
+            sink_places, middle_places = start + places[:, :sinks], slot + sinks * (slot >= start)
+        else:
+            sink_places, middle_places = places[:, :sinks], places[:, sinks : sinks + middle]
+        recent_places = places[:, sinks + middle :]
+        hidden = None if pads is None else middle_places < pads[:, None]
+
+        scores = self.anchor_scores(prompt, bases[0])
+        every = middle_places[:, None].expand(-1, scores.shape[1], -1)
+        scores = scores.gather(2, every)
+        if hidden is not None:
+            scores = scores.masked_fill(hidden[:, None], -torch.inf)
+        count = self.budget.anchors(middle)
+        anchor_slots, low_slots = split_top(scores, count)
+        anchor_places, low_places = every.gather(2, anchor_slots), every.gather(2, low_slots)
+        self.sinks, self.anchors, self.anchor_positions = sinks, count, anchor_places.to(torch.int32)
+        self.full = [
+            RowBuffer(torch.cat([take(x, sink_places), take(x, anchor_places), x[:, :, sinks + middle :]], dim=2))
+            for x in (key, value)
+        ]
+        rows = [
+            RowBuffer(take((x.float() @ basis.float()).to(key.dtype), low_places))
+            for x, basis in zip((prompt.low_key, value), bases)
+        ]
+        low_hidden = self.hidden_full = None
+        if hidden is not None and pads is not None:
+            # Hidden slots come first and are anchors only where a row has too few real tokens.
+            padded = hidden.sum(-1, keepdim=True)
+            spilled = (count - (middle - padded)).clamp(min=0)
+            low_hidden = places[:, : middle - count] < padded - spilled
+            parts = [sink_places < pads[:, None], places[:, :count] < spilled, recent_places < pads[:, None]]
+            self.hidden_full = torch.cat(parts, dim=1)
+        self.segments = [LowRankSegment(*bases, *rows, hidden=low_hidden)]
+        if config.update_rule == "exact":
+            self.spectra = [s[..., :rank].clone() for s, rank in zip(prompt.spectra, ranks)]
+
+    def _prompt_step(self, basis: Tensor, tokens: Tensor, prompt: Prompt) -> Tensor:
+        """The prompt update of the basis: one step on pooled tokens, or nothing where the basis is the optimum."""
+        config = self.config
+        if config.update_rule in ("exact", "none") or config.prompt_learning_rate == 0:
+            return basis
+        pooled = subspace.covariance(subspace.mean_pool(tokens, config.pool_window, prompt.valid))
+        step = subspace.oja_step if config.update_rule == "oja" else subspace.hebbian_step
+        return step(basis, pooled, config.prompt_learning_rate, config.normalize == "lambda")
+
+    def anchor_scores(self, prompt: Prompt, key_basis: Tensor) -> Tensor:
+        """Scores of all tokens, `(B, K, N)`; see `OjaKVConfig.anchor_score`."""
+        kind, queries = self.config.anchor_score, prompt.queries
+        if kind == "residual" or queries is None:
+            return subspace.residual_norm(prompt.low_key, key_basis)
+        if kind == "logit":
+            return subspace.logit_error(queries, prompt.low_key, key_basis, prompt.scaling)
+        attention = subspace.token_attention(queries, prompt.key, prompt.scaling, prompt.valid)
+        if kind == "attention":
+            return attention
+        return attention * subspace.residual_norm(prompt.low_key, key_basis)
+
+    def _compress_overflow(self, context: dict[str, Any] | None) -> None:
+        """Moves what left the window of newest tokens into the low-rank tier, `update_interval` tokens at a time."""
+        interval = self.config.update_interval
+        if not self.segments:
+            length = self.full[0].length
+            if length - self.tried >= interval:
+                self._try_compress(self.full[0].rows, self.full[1].rows, context)
+            return
+        count = self.recent - self.recent_target
+        if count < interval:
+            return
+        first = self.sinks + self.anchors
+        key, value = (buffer.rows[:, :, first : first + count] for buffer in self.full)
+        places = self.seen - self.recent + torch.arange(count, device=key.device).expand(key.shape[0], -1)
+        low_key = self._unrotated(key, places)
+        hidden = None if self.hidden_full is None else self.hidden_full[:, first : first + count]
+        if hidden is not None and not hidden.any():
+            hidden = None
+        self._update_bases([low_key, value], None if hidden is None else ~hidden)
+
+        segment = self.segments[-1]
+        promoted = 0 if hidden is not None else self.budget.anchors(count)
+        scores = subspace.residual_norm(low_key, segment.key_basis)
+        anchor_slots, low_slots = split_top(scores, promoted)
+        if self.segments[-1].hidden is not None or hidden is not None:
+            segment.hidden = extend_hidden(segment.hidden, segment.key.length, hidden, key.shape[0])
+        segment.key.append(take((low_key.float() @ segment.key_basis.float()).to(key.dtype), low_slots))
+        segment.value.append(take((value.float() @ segment.value_basis.float()).to(key.dtype), low_slots))
+        new_places = places[:, None].expand(-1, key.shape[1], -1).gather(2, anchor_slots).to(torch.int32)
+        if self.anchor_positions is not None:
+            self.anchor_positions = torch.cat([self.anchor_positions, new_places], dim=-1)
+        for buffer, tokens in zip(self.full, (key, value)):
+            buffer.data[:, :, first : first + promoted] = take(tokens, anchor_slots)
+            buffer.remove(first + promoted, count - promoted)
+        if self.hidden_full is not None:
+            shown = self.hidden_full.new_zeros(key.shape[0], promoted)
+            self.hidden_full = torch.cat(
+                [self.hidden_full[:, :first], shown, self.hidden_full[:, first + count :]], dim=1
+            )
+        self.anchors += promoted
+
+    def _update_bases(self, streams: list[Tensor], valid: Tensor | None) -> None:
+        """Moves the running bases by the tokens leaving the window; opens a version where they drifted too far."""
+        config, segment = self.config, self.segments[-1]
+        if config.update_rule == "none":
+            return
+        stored = [segment.key_basis, segment.value_basis]
+        running = self.running or [basis.float() for basis in stored]
+        for index, tokens in enumerate(streams):
+            matrix = subspace.covariance(tokens, valid)
+            if config.update_rule == "exact":
+                past = self.seen - tokens.shape[2]
+                keep = min(config.forgetting, past / self.seen)
+                matrix = subspace.blend(running[index], self.spectra[index], matrix, keep)
+                running[index], spectrum = subspace.top_basis(matrix, running[index].shape[-1])
+                self.spectra[index] = spectrum[..., : running[index].shape[-1]].clone()
+            elif config.decode_learning_rate > 0:
+                step = subspace.oja_step if config.update_rule == "oja" else subspace.hebbian_step
+                running[index] = step(
+                    running[index], matrix, config.decode_learning_rate, config.normalize == "lambda"
+                )
+        self.running = running
+        moved = [subspace.drift(old, new) > config.drift_tolerance for old, new in zip(stored, running)]
+        if not (moved[0].any() or moved[1].any()):
+            return
+        # Decided per row and head: what one sequence does must not change another's result.
+        fresh = [
+            torch.where(m[..., None, None], new.to(old.dtype), old) for m, old, new in zip(moved, stored, running)
+        ]
+        if config.coefficients == "rotate" or len(self.segments) >= config.max_versions:
+            for buffer, old, new in zip((segment.key, segment.value), stored, fresh):
+                buffer.data = (buffer.data.float() @ (old.float().mT @ new.float())).to(buffer.data.dtype)
+            segment.key_basis, segment.value_basis = fresh
+        else:
+            empty = [basis.new_empty(*basis.shape[:2], 0, basis.shape[3]) for basis in fresh]
+            self.segments.append(LowRankSegment(*fresh, RowBuffer(empty[0]), RowBuffer(empty[1])))
+
+    def attend(self, query: Tensor, mask: Tensor | None, scaling: float, softcap: float | None) -> Tensor:
+        key, value = self.full
+        kv_heads, length = key.data.shape[1], query.shape[2]
+        groups = query.shape[1] // kv_heads
+        rows = group_rows(query, kv_heads) * scaling
+        parts = [
+            Segment(
+                query=rows @ segment.key_basis,
+                keys=segment.key.data,
+                values=segment.value.data,
+                length=segment.key.length,
+                visible=visible_rows(segment.hidden, segment.key.length),
+                expand=segment.value_basis,
+            )
+            for segment in self.segments
+            if segment.key.length
+        ]
+        visible = visible_rows(self.hidden_full, key.length)
+        if length > 1:
+            causal = torch.ones(length, key.length, dtype=torch.bool, device=query.device).tril(key.length - length)
+            visible = causal[None, None, None] if visible is None else visible & causal
+        parts.append(Segment(rows, key.data, value.data, key.length, visible))
+        return ungroup_rows(segment_attention(parts, groups, softcap), query.shape[1])
+
+    def materialize(self) -> tuple[Tensor, Tensor]:
+        key, value = (buffer.rows for buffer in self.full)
+        if not self.segments:
+            return key, value
+        batch, heads, _, _ = key.shape
+        places = torch.arange(self.seen, device=key.device).expand(batch, heads, -1)
+        sinks = places[..., : self.sinks]
+        if self.sink_start is not None:
+            sinks = sinks + self.sink_start[:, :, None]
+        full_places = torch.cat([sinks, self.anchor_positions.long(), places[..., self.seen - self.recent :]], dim=-1)
+        free = torch.ones_like(places, dtype=torch.bool).scatter_(2, full_places, False)
+        low_places = free.flatten(0, 1).nonzero()[:, 1].view(batch, heads, -1)
+        low_key = torch.cat([s.key.rows @ s.key_basis.mT for s in self.segments], dim=2)
+        low_value = torch.cat([s.value.rows @ s.value_basis.mT for s in self.segments], dim=2)
+        if self.rope is not None:
+            low_key = self.rope.rotate(low_key, self._positions(low_places))
+        return tuple(
+            torch.cat([low, full], dim=2)
+            .new_empty(batch, heads, self.seen, full.shape[-1])
+            .scatter_(2, low_places[..., None].expand(-1, -1, -1, full.shape[-1]), low)
+            .scatter_(2, full_places[..., None].expand(-1, -1, -1, full.shape[-1]), full)
+            for low, full in ((low_key, key), (low_value, value))
+        )
+
+    def _unrotated(self, key: Tensor, places: Tensor) -> Tensor:
+        return key if self.rope is None else self.rope.rotate(key, self._positions(places), sign=-1)
+
+    def _positions(self, places: Tensor) -> Tensor:
+        """Position ids of places in the text, `(B, N)` or `(B, K, N)`."""
+        if self.shift is None:
+            return places
+        return places - self.shift.view(-1, *[1] * (places.dim() - 1))
+
+    def buffers(self) -> list[RowBuffer]:
+        return [*self.full, *(buffer for segment in self.segments for buffer in (segment.key, segment.value))]
+
+    def tensors(self) -> list[Tensor]:
+        parts = [*(buffer.data for buffer in self.buffers()), *self._index_tensors(), *self.spectra, *self.running]
+        return parts + [tensor for segment in self.segments for tensor in segment.tensors()]
+
+    def _index_tensors(self) -> list[Tensor]:
+        parts = (self.anchor_positions, self.hidden_full, self.pads, self.sink_start, self.shift)
+        return [tensor for tensor in parts if tensor is not None]
+
+    def tier_bytes(self) -> dict[str, int]:
+        row = sum(buffer.row_bytes for buffer in self.full)
+        low = [buffer for segment in self.segments for buffer in (segment.key, segment.value)]
+        bases = [tensor for segment in self.segments for tensor in (segment.key_basis, segment.value_basis)]
+        hidden = [segment.hidden for segment in self.segments if segment.hidden is not None]
+        return {
+            "sinks": self.sinks * row,
+            "anchors": self.anchors * row,
+            "newest": self.recent * row if self.full else 0,
+            "low_rank": sum(buffer.length * buffer.row_bytes for buffer in low),
+            "bases": storage_bytes(bases),
+            "state": storage_bytes(self.spectra + self.running),
+            "index": storage_bytes(self._index_tensors() + hidden),
+            "slack": sum((b.data.shape[2] - b.length) * b.row_bytes for b in self.buffers()),
+        }
+
+    def check_crop(self, count: int) -> None:
+        super().check_crop(count)
+        held = self.recent if self.segments else self.seen
+        if count > held:
+            raise CacheStateError(
+                f"cannot crop {count} tokens: only the newest {held} are still at full rank, older ones are compressed. "
+                "Raise recent_tokens, or shorten the candidates of assisted decoding."
+            )
+
+    def _drop_newest(self, count: int) -> None:
+        for buffer in self.full:
+            buffer.remove(buffer.length - count, count)
+        self.tried = min(self.tried, self.full[0].length)
+
+    def _select(self, index: Tensor) -> None:
+        super()._select(index)
+        for segment in self.segments:
+            segment.reorder(index)
+        for name in ("anchor_positions", "hidden_full", "pads", "sink_start", "shift"):
+            tensor = getattr(self, name)
+            setattr(self, name, None if tensor is None else tensor[index])
+        self.spectra = [tensor[index] for tensor in self.spectra]
+        self.running = [tensor[index] for tensor in self.running]
+
+    def reset(self) -> None:
+        super().reset()
+        self._clear()
+
+
+class OjaKVCache(KVCache):
+    """Cache with a low-rank tier (arXiv 2509.21623).
+
+    Args:
+        model (`PreTrainedModel` or `PreTrainedConfig`): see `KVCache`.
+        config (`OjaKVConfig`, *optional*): settings; the defaults otherwise.
+
+    Raises:
+        `UnsupportedModelError`: an encoder-decoder or ALiBi model, a model with no full-attention layer, or one whose
+            rotary embedding `key_space="pre"` does not know.
+        `ConfigError`: a calibration that does not fit the model.
+
+    Example:
+        ```python
+        import hf_ext
+        cache = hf_ext.OjaKVCache(model, hf_ext.OjaKVConfig(ratio=0.4))
+        model.generate(**inputs, past_key_values=cache)
+        print(cache.nbytes(), cache.tier_bytes())
+        ```
+    """
+
+    def __init__(self, model: PreTrainedModel | PreTrainedConfig, config: OjaKVConfig | None = None):
+        self.config = OjaKVConfig() if config is None else config
+        self.budget = RankBudget(self.config, layers=0)
+        self._rope: Rope | None = None
+        self._calibration: Calibration | None = None
+        super().__init__(model)
+
+    def prepare(self, decoder: PreTrainedConfig, layers: int) -> None:
+        self.config.validate()
+        if not layers:
+            raise UnsupportedModelError(
+                f"ojakv compresses full-attention layers and {decoder.model_type} has none (sliding windows are bounded "
+                "already); generate without it."
+            )
+        self.budget.layers = layers
+        if self.config.key_space == "pre" and decoder.model_type not in UNROTATED_MODELS:
+            self._rope = Rope(decoder)
+        if self.config.calibration is not None:
+            self._calibration = Calibration.load(self.config.calibration)
+            self._calibration.check_fits(decoder, layers)
+
+    def check_model(self, config: PreTrainedConfig, decoder: PreTrainedConfig) -> None:
+        super().check_model(config, decoder)
+        if decoder.model_type in ALIBI_MODELS or getattr(decoder, "alibi", False):
+            raise UnsupportedModelError(
+                f"ojakv does not serve {decoder.model_type}: its ALiBi biases are added to the scores of every token; "
+                "use cache_implementation='packed'."
+            )
+
+    def make_layer(self, model_config: PreTrainedConfig, layer_idx: int, order: int) -> OjaKVLayer:
+        start = None if self._calibration is None else self._calibration.bases[order]
+        return OjaKVLayer(model_config, layer_idx, self.config, self.budget, self._rope, start)
+
+    @classmethod
+    def from_generate(cls, model: PreTrainedModel, cache_config: dict[str, Any] | None) -> OjaKVCache:
+        """Builds the cache for `generate(cache_implementation="ojakv", cache_config=...)`; unknown keys are an error."""
+        return cls(model, OjaKVConfig.from_dict(cache_config or {}, strict=True))

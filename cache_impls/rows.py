@@ -1,0 +1,87 @@
+"""Picking tokens out of `(B, K, N, D)` tensors whose rows may start with padding.
+
+Shapes: B batch, K key/value heads, N tokens, M chosen tokens, D head dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_ext.errors import CacheStateError
+
+
+def split_top(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Slots of the `count` best scores and of the others, both ascending; of equal scores the earlier wins.
+
+    Args:
+        scores (`Tensor`): `(B, K, M)`.
+
+    Returns:
+        `tuple[Tensor, Tensor]`: `(B, K, count)` and `(B, K, M - count)`, int64.
+    """
+    order = scores.sort(dim=-1, descending=True, stable=True).indices
+    return order[..., :count].sort(dim=-1).values, order[..., count:].sort(dim=-1).values
+
+
+def leading_pads(mask: Tensor | None, length: int) -> Tensor | None:
+    """Padding tokens before each row, `(B,)`, from the mask of an attention call; `None` where there are none.
+
+    Args:
+        mask (`Tensor`, *optional*): `(B, 1, Q, N)`, boolean or additive; its last query row is read.
+        length (`int`): tokens stored (N).
+
+    Raises:
+        `CacheStateError`: tokens are masked elsewhere than at the front.
+    """
+    if mask is None:
+        return None
+    seen = mask[:, 0, -1, :length]
+    seen = seen if seen.dtype == torch.bool else seen >= 0
+    pads = (~seen).sum(-1)
+    if not bool(pads.any()):
+        return None
+    if not bool((seen == (torch.arange(length, device=mask.device) >= pads[:, None])).all()):
+        raise CacheStateError(
+            "ojakv found masked tokens that are not padding in front of a row; batch prompts with padding_side='left'."
+        )
+    return pads
+
+
+def take(tokens: Tensor, places: Tensor) -> Tensor:
+    """Rows of `tokens` `(B, K, N, D)` at `places`, `(B, M)` for all heads or `(B, K, M)`; returns `(B, K, M, D)`."""
+    batch, heads, length, dim = tokens.shape
+    places = places[:, None].expand(-1, heads, -1) if places.dim() == 2 else places
+    # Whole rows by flat index: `gather` would look up every number on its own.
+    offset = torch.arange(batch * heads, device=tokens.device).view(batch, heads, 1) * length
+    flat = tokens.reshape(-1, dim).index_select(0, (places + offset).flatten())
+    return flat.view(batch, heads, places.shape[2], dim)
+
+
+def visible_rows(hidden: Tensor | None, length: int) -> Tensor | None:
+    """Boolean `(B, 1, 1, 1, length)` from the padding `(B, n <= length)` of the first rows."""
+    if hidden is None:
+        return None
+    return ~extend_hidden(hidden, length, None, hidden.shape[0])[:, None, None, None]
+
+
+def extend_hidden(hidden: Tensor | None, length: int, more: Tensor | None, batch: int) -> Tensor | None:
+    """Padding marks of `length` rows and those of `more` after them; rows without a mark are not padding."""
+    given = hidden if hidden is not None else more
+    if given is None:
+        return None
+    marks = given.new_zeros(batch, length)
+    if hidden is not None:
+        marks[:, : min(hidden.shape[1], length)] = hidden[:, :length]
+    return marks if more is None else torch.cat([marks, more], dim=1)
+
+
+def position_shift(context: dict[str, Any] | None, length: int) -> Tensor | None:
+    """Place in the text minus position id, `(B,)`; `None` where they are the same or unknown."""
+    ids = None if context is None else context["position_ids"]
+    if ids is None or ids.dim() != 2:
+        return None
+    shift = (length - 1 - ids[:, -1]).expand(context["query"].shape[0])
+    return shift.clone() if bool(shift.any()) else None

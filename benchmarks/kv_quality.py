@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AttentionInterface, DynamicCache
+from transformers import AttentionInterface, DynamicCache, QuantizedCache
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from hf_ext import OjaKVCache, OjaKVConfig, PackedCache
@@ -197,13 +197,27 @@ def run_peer(model, item: Item, states: list[peers.LayerPrompt], peer: Callable,
         _keep.clear()
 
 
+def library_fp8(model):
+    """transformers' own fp8 cache, with the byte counter that ours have."""
+    cache = QuantizedCache(backend="fp8", config=model.config)
+
+    def nbytes() -> float:
+        pairs = [pair for layer in cache.layers for pair in (layer._quantized_keys, layer._quantized_values)]
+        stored = sum(tensor.nbytes + peers.SCALE for tensor, _ in pairs)
+        # One byte an element whatever the model's type: brought to the convention of a 16-bit model.
+        return stored * model.dtype.itemsize / peers.ELEMENT
+
+    cache.nbytes = nbytes
+    return cache
+
+
 def run_cache(model, item: Item, make: Callable) -> tuple[float, float]:
     """Loss and byte share of a real cache, which reads the prompt itself."""
     model.set_attn_implementation("sdpa")
     cache = make(model)
     if hasattr(cache, "attach"):
         cache.attach(model)
-    model.model(item.ids[:, : item.prompt], past_key_values=cache, use_cache=True)
+    model(item.ids[:, : item.prompt], past_key_values=cache, use_cache=True, logits_to_keep=1)
     text = model.config.get_text_config()
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     dense = item.prompt * text.num_key_value_heads * 2 * head_dim * text.num_hidden_layers * model.dtype.itemsize
@@ -217,6 +231,7 @@ def systems(ratios: list[float]) -> dict[tuple[str, str], Callable]:
     for name, peer in peers.FIXED.items():
         table[name, ""] = lambda m, i, s, peer=peer: run_peer(m, i, s, peer, 1.0)
     table["packed", ""] = lambda m, i, s: run_cache(m, i, PackedCache)
+    table["transformers fp8", ""] = lambda m, i, s: run_cache(m, i, library_fp8)
     for ratio in ratios:
         budget = f"ratio {ratio:g}"
         table["ojakv", budget] = lambda m, i, s, r=ratio: run_cache(

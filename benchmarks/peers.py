@@ -86,12 +86,6 @@ def int4(state: LayerPrompt, ratio: float | None = None) -> Compressed:
     return Compressed(_int4(state.k), _int4(state.v), None, 2 * rows * (d / 2 + 2 * SCALE))
 
 
-def fp8(state: LayerPrompt, ratio: float | None = None) -> Compressed:
-    """A plain cast to float8 e4m3 without scales."""
-    k, v = (x.clamp(-448, 448).to(torch.float8_e4m3fn).to(x.dtype) for x in (state.k, state.v))
-    return Compressed(k, v, None, state.k.numel() * 2)
-
-
 def rotate_half(x: torch.Tensor) -> torch.Tensor:
     first, second = x.chunk(2, -1)
     return torch.cat((-second, first), -1)
@@ -207,7 +201,7 @@ def key_norm(state: LayerPrompt, ratio: float) -> Compressed:
     return _evict(state, ratio, -state.k.norm(dim=-1))
 
 
-FIXED = {"dense": dense, "int8 per token": int8, "int4 per token": int4, "fp8 cast": fp8}
+FIXED = {"dense": dense, "int8 per token": int8, "int4 per token": int4}
 AT_RATIO = {
     "pca post-rope": pca_post,
     "pca pre-rope": pca_pre,

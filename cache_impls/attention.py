@@ -254,11 +254,14 @@ def attach(model: nn.Module) -> bool:
     if not model._can_set_attn_implementation():
         return False
     register_attention()
-    if model not in _hooked:
-        _hooked[model] = [
-            model.register_forward_pre_hook(_before_forward, with_kwargs=True),
-            model.register_forward_hook(_after_forward, with_kwargs=True, always_call=True),
-        ]
+    # A PEFT wrapper generates with the model inside it, and forwards through itself.
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for module in {model, inner}:
+        if module not in _hooked:
+            _hooked[module] = [
+                module.register_forward_pre_hook(_before_forward, with_kwargs=True),
+                module.register_forward_hook(_after_forward, with_kwargs=True, always_call=True),
+            ]
     return True
 
 

@@ -10,7 +10,9 @@ Plugs in: `generate(past_key_values=...)`, or by name after `hf_ext.register()`.
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,7 +30,7 @@ from hf_ext.errors import CacheStateError, UnsupportedModelError
 
 
 PAGE = 16  # rows; storage grows to the next multiple
-GROWTH = 32  # a full buffer grows by one part in this many, so that slack stays near 3 % and copying near linear
+GROWTH = 48  # a full buffer grows by one part in this many: about 2 % slack, and copying stays near linear
 
 # Architectures that add a bias per distance to the scores instead of rotating the keys.
 ALIBI_MODELS = ("bloom", "mpt")
@@ -86,6 +88,28 @@ def padded_rows(length: int) -> int:
 def storage_bytes(tensors: list[Tensor]) -> int:
     """Bytes of the distinct storages behind `tensors`."""
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+@dataclass
+class LowRankSegment:
+    """Coordinates written in one version of the bases.
+
+    `key_basis` `(B, K, D, R)` and `value_basis` `(B, K, D, S)` in the cache's dtype; `key` and `value` hold `(B, K, N, R)`
+    and `(B, K, N, S)`; `hidden` `(B, N)` marks padding among the first rows, if there is any.
+    """
+
+    key_basis: Tensor
+    value_basis: Tensor
+    key: RowBuffer
+    value: RowBuffer
+    hidden: Tensor | None = None
+
+    def tensors(self) -> list[Tensor]:
+        return [t for t in (self.key_basis, self.value_basis, self.hidden) if t is not None]
+
+    def reorder(self, index: Tensor) -> None:
+        self.key_basis, self.value_basis = self.key_basis[index], self.value_basis[index]
+        self.hidden = None if self.hidden is None else self.hidden[index]
 
 
 class KVLayer(CacheLayerMixin):
@@ -279,6 +303,11 @@ class KVCache(Cache):
         decoder = config.get_text_config(decoder=True)
         self.check_model(config, decoder)
         layer_types, layer_kwargs = get_layer_types_and_kwargs(decoder)
+        if not any(issubclass(DYNAMIC_LAYER_TYPE_MAPPING[kind], CacheLayerMixin) for kind in layer_types):
+            raise UnsupportedModelError(
+                f"{type(self).__name__} holds keys and values; {decoder.model_type} has no attention layer. "
+                "Generate without cache_implementation."
+            )
         self.prepare(decoder, layer_types.count("full_attention"))
         layers: list[Any] = []
         for index, (kind, kwargs) in enumerate(zip(layer_types, layer_kwargs)):
@@ -308,6 +337,14 @@ class KVCache(Cache):
             raise UnsupportedModelError(
                 f"{type(self).__name__}: layers of {config.model_type} share keys and values, which is not supported."
             )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:
+        # The layers read the model's own config, at every step; a copy of it would never change again.
+        for layer in self.kv_layers:
+            memo[id(layer.model_config)] = layer.model_config
+        memo[id(self)] = duplicate = type(self).__new__(type(self))
+        duplicate.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return duplicate
 
     @property
     def kv_layers(self) -> list[KVLayer]:

@@ -26,17 +26,27 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_ext.cache_impls import subspace
 from hf_ext.cache_impls.attention import Segment, group_rows, segment_attention, ungroup_rows
-from hf_ext.cache_impls.base import ALIBI_MODELS, KVCache, KVLayer, RowBuffer, storage_bytes
+from hf_ext.cache_impls.base import ALIBI_MODELS, KVCache, KVLayer, LowRankSegment, RowBuffer, storage_bytes
 from hf_ext.cache_impls.budget import Prompt, RankBudget
 from hf_ext.cache_impls.calibration import Calibration
 from hf_ext.cache_impls.rope import UNROTATED_MODELS, Rope
-from hf_ext.cache_impls.rows import extend_hidden, leading_pads, position_shift, split_top, take, visible_rows
+from hf_ext.cache_impls.rows import (
+    extend_hidden,
+    leading_pads,
+    position_shift,
+    split_hidden,
+    split_top,
+    take,
+    visible_rows,
+)
 from hf_ext.config import MethodConfig
 from hf_ext.errors import CacheStateError, UnsupportedModelError
 
 
 # Newest tokens kept out of compression while assisted decoding may take them back, beyond `recent_tokens`.
 RECORDED_TOKENS = 64
+# Attributes of a layer that say where its tokens stand in the text.
+INDEX = ("anchor_positions", "hidden_full", "pads", "sink_start", "shift")
 
 
 @dataclass
@@ -62,13 +72,16 @@ class OjaKVConfig(MethodConfig):
             prompt until its last layer ran.
         sink_tokens (`int`, defaults to 32), recent_tokens (`int`, defaults to 32):
             First and newest tokens kept at full rank.
-        anchor_ratio (`float`, defaults to 0.15):
-            Share of the tokens between them kept at full rank, per key/value head, in [0, 1).
-        anchor_score (`str`, defaults to `"attention_residual"`):
-            What makes an anchor: `"attention"` it receives from sampled queries, the norm of its key's `"residual"`,
-            their product, or the root mean square error of its `"logit"`.
+        anchor_ratio (`float`, *optional*):
+            Share of the tokens between them kept at full rank, per key/value head, in [0, 1). By default anchors get
+            seven tenths of the byte budget, and 0.05 of the tokens where ranks are set instead.
+        anchor_score (`str`, defaults to `"expected_error"`):
+            What makes an anchor. `"expected_error"`: the attention a token may expect, from the last queries, from
+            queries all over the prompt, and a small equal share for questions still to come, times the residuals of
+            its key and value relative to their means. `"attention"` from the last queries; the norm of its key's
+            `"residual"`; their product `"attention_residual"`; the root mean square error of its `"logit"`.
         query_window (`int`, defaults to 32):
-            Queries the scores look at: the last ones of the prompt.
+            Last queries of the prompt the scores look at; `"expected_error"` adds twice as many spread over it.
         update_rule (`str`, defaults to `"exact"`):
             `"exact"`, `"hebbian"`, `"oja"`, or `"none"` for a basis that never moves.
         normalize (`str`, *optional*, defaults to `"lambda"`):
@@ -78,11 +91,14 @@ class OjaKVConfig(MethodConfig):
             Rates of those two rules (the paper's eta). Zero keeps the basis.
         pool_window (`int`, defaults to 4): tokens averaged before the prompt step of those two rules.
         update_interval (`int`, defaults to 64): generated tokens between updates (the paper's T).
-        forgetting (`float`, defaults to 0.9): weight of the past in the covariance of `"exact"` (rho).
+        forgetting (`float`, defaults to 0.9):
+            Weight of the past in the covariance of `"exact"` (rho); at most the past's share of the tokens.
         coefficients (`str`, defaults to `"versioned"`):
             `"versioned"` leaves coordinates as written; `"rotate"` re-expresses all in every new basis.
         drift_tolerance (`float`, defaults to 0.02): a basis moved less than this is not replaced.
-        max_versions (`int`, defaults to 4): bases kept per stream; beyond it the youngest is rotated.
+        max_versions (`int`, defaults to 4):
+            Bases kept per stream; beyond it the youngest is rotated. Versions are opened for a whole batch, so a row may
+            reach the rotation earlier than it would alone.
         prefill (`str`, defaults to `"full"`):
             `"full"`: the prompt attends to full-rank keys and values. `"compressed"`: to the compressed ones.
         key_space (`str`, defaults to `"post"`):
@@ -100,8 +116,8 @@ class OjaKVConfig(MethodConfig):
     allocation: Literal["equal", "layer", "global"] = "equal"
     sink_tokens: int = 32
     recent_tokens: int = 32
-    anchor_ratio: float = 0.15
-    anchor_score: Literal["attention", "attention_residual", "residual", "logit"] = "attention_residual"
+    anchor_ratio: float | None = None
+    anchor_score: Literal["expected_error", "attention", "attention_residual", "residual", "logit"] = "expected_error"
     query_window: int = 32
     update_rule: Literal["exact", "hebbian", "oja", "none"] = "exact"
     normalize: Literal["lambda"] | None = "lambda"
@@ -132,12 +148,11 @@ class OjaKVConfig(MethodConfig):
         self.check(len(budgets) == 1, budgets[0], f"cannot be combined with {', '.join(budgets[1:])}; set one of them")
         by_bytes = budgets[0] in ("ratio", "max_bytes")
         self.check(by_bytes or self.allocation == "equal", "allocation", "needs ratio or max_bytes as the budget")
-        for field in ("sink_tokens", "recent_tokens"):
-            self.check(getattr(self, field) >= 0, field, "must not be negative")
         for field in ("query_window", "pool_window", "update_interval", "max_versions"):
             self.check(getattr(self, field) >= 1, field, "must be at least 1")
-        self.check(0 <= self.anchor_ratio < 1, "anchor_ratio", "must lie in [0, 1)")
-        for field in ("prompt_learning_rate", "decode_learning_rate", "drift_tolerance"):
+        self.check(self.anchor_ratio is None or 0 <= self.anchor_ratio < 1, "anchor_ratio", "must lie in [0, 1)")
+        rates = ("prompt_learning_rate", "decode_learning_rate", "drift_tolerance")
+        for field in ("sink_tokens", "recent_tokens", *rates):
             self.check(getattr(self, field) >= 0, field, "must not be negative")
         self.check(0 <= self.forgetting < 1, "forgetting", "must lie in [0, 1)")
         self.check(
@@ -145,28 +160,6 @@ class OjaKVConfig(MethodConfig):
             "prefill",
             "needs the ranks of a layer before the next one runs; use allocation 'equal' or 'layer'",
         )
-
-
-@dataclass
-class LowRankSegment:
-    """Coordinates written in one version of the bases.
-
-    `key_basis` `(B, K, D, R)` and `value_basis` `(B, K, D, S)` in the cache's dtype; `key` and `value` hold `(B, K, N, R)`
-    and `(B, K, N, S)`; `hidden` `(B, N)` marks padding among the first rows, if there is any.
-    """
-
-    key_basis: Tensor
-    value_basis: Tensor
-    key: RowBuffer
-    value: RowBuffer
-    hidden: Tensor | None = None
-
-    def tensors(self) -> list[Tensor]:
-        return [t for t in (self.key_basis, self.value_basis, self.hidden) if t is not None]
-
-    def reorder(self, index: Tensor) -> None:
-        self.key_basis, self.value_basis = self.key_basis[index], self.value_basis[index]
-        self.hidden = None if self.hidden is None else self.hidden[index]
 
 
 class OjaKVLayer(KVLayer):
@@ -199,7 +192,8 @@ class OjaKVLayer(KVLayer):
     def _clear(self) -> None:
         self.full: list[RowBuffer] = []  # keys, values
         self.segments: list[LowRankSegment] = []
-        self.sinks, self.anchors, self.tried = 0, 0, 0
+        self.sinks, self.anchors, self.tried, self.newest_block = 0, 0, 0, 0
+        self.anchor_share: float | None = None  # what the budget made of the config, for tokens to come
         self.anchor_positions: Tensor | None = None  # (B, K, A), ascending
         self.hidden_full: Tensor | None = None  # (B, rows), padding among the first full-rank rows
         self.pads: Tensor | None = None  # (B,), leading padding of each row
@@ -210,7 +204,9 @@ class OjaKVLayer(KVLayer):
 
     @property
     def recent_target(self) -> int:
-        return self.config.recent_tokens + (RECORDED_TOKENS if self.record_past else 0)
+        if not self.record_past:
+            return self.config.recent_tokens
+        return self.config.recent_tokens + max(RECORDED_TOKENS, self.newest_block)
 
     @property
     def recent(self) -> int:
@@ -224,14 +220,15 @@ class OjaKVLayer(KVLayer):
             self._store_full(key, value, self.pads)
 
     def append(self, key: Tensor, value: Tensor) -> None:
+        self.newest_block = key.shape[2]
         for buffer, rows in zip(self.full, (key, value)):
             buffer.append(rows)
 
     def settle(self, context: dict[str, Any] | None) -> None:
-        if not self.record_past:
-            self._compress_overflow(context)
+        self._compress_overflow(context)
 
     def after_crop(self) -> None:
+        self.newest_block = 0
         self._compress_overflow(None)
 
     def _store_full(self, key: Tensor, value: Tensor, pads: Tensor | None) -> None:
@@ -245,7 +242,7 @@ class OjaKVLayer(KVLayer):
         length, self.tried = key.shape[2], key.shape[2]
         if not self.budget.worth_trying(length, self.recent_target):
             return False
-        queries = None if context is None else context["query"][:, :, -self.config.query_window :]
+        queries = None if context is None else context["query"]
         scaling = key.shape[-1] ** -0.5 if context is None else context["scaling"]
         low_key = self._unrotated(key, torch.arange(length, device=key.device).expand(key.shape[0], -1))
         prompt = Prompt(key, value, queries, self.pads, scaling, low_key)
@@ -289,12 +286,12 @@ class OjaKVLayer(KVLayer):
         recent_places = places[:, sinks + middle :]
         hidden = None if pads is None else middle_places < pads[:, None]
 
-        scores = self.anchor_scores(prompt, bases[0])
-        every = middle_places[:, None].expand(-1, scores.shape[1], -1)
-        scores = scores.gather(2, every)
+        every = middle_places[:, None].expand(-1, key.shape[1], -1)
+        scores = self.anchor_scores(prompt, bases).gather(2, every)
         if hidden is not None:
             scores = scores.masked_fill(hidden[:, None], -torch.inf)
-        count = self.budget.anchors(middle)
+        self.anchor_share = self.budget.share(prompt)
+        count = self.budget.anchors(length, length - middle, self.anchor_share)
         anchor_slots, low_slots = split_top(scores, count)
         anchor_places, low_places = every.gather(2, anchor_slots), every.gather(2, low_slots)
         self.sinks, self.anchors, self.anchor_positions = sinks, count, anchor_places.to(torch.int32)
@@ -307,12 +304,9 @@ class OjaKVLayer(KVLayer):
             for x, basis in zip((prompt.low_key, value), bases)
         ]
         low_hidden = self.hidden_full = None
-        if hidden is not None and pads is not None:
-            # Hidden slots come first and are anchors only where a row has too few real tokens.
-            padded = hidden.sum(-1, keepdim=True)
-            spilled = (count - (middle - padded)).clamp(min=0)
-            low_hidden = places[:, : middle - count] < padded - spilled
-            parts = [sink_places < pads[:, None], places[:, :count] < spilled, recent_places < pads[:, None]]
+        if hidden is not None:
+            anchor_hidden, low_hidden = split_hidden(hidden, count)
+            parts = [sink_places < pads[:, None], anchor_hidden, recent_places < pads[:, None]]
             self.hidden_full = torch.cat(parts, dim=1)
         self.segments = [LowRankSegment(*bases, *rows, hidden=low_hidden)]
         if config.update_rule == "exact":
@@ -323,21 +317,29 @@ class OjaKVLayer(KVLayer):
         config = self.config
         if config.update_rule in ("exact", "none") or config.prompt_learning_rate == 0:
             return basis
-        pooled = subspace.covariance(subspace.mean_pool(tokens, config.pool_window, prompt.valid))
-        step = subspace.oja_step if config.update_rule == "oja" else subspace.hebbian_step
-        return step(basis, pooled, config.prompt_learning_rate, config.normalize == "lambda")
+        matrix = subspace.pooled_covariance(tokens, config.pool_window, prompt.pads)
+        step, rate = subspace.STEPS[config.update_rule], config.prompt_learning_rate
+        return step(basis, matrix, rate, config.normalize == "lambda")
 
-    def anchor_scores(self, prompt: Prompt, key_basis: Tensor) -> Tensor:
+    def anchor_scores(self, prompt: Prompt, bases: list[Tensor]) -> Tensor:
         """Scores of all tokens, `(B, K, N)`; see `OjaKVConfig.anchor_score`."""
-        kind, queries = self.config.anchor_score, prompt.queries
-        if kind == "residual" or queries is None:
-            return subspace.residual_norm(prompt.low_key, key_basis)
+        kind, window = self.config.anchor_score, self.config.query_window
+        if kind == "expected_error":
+            error = subspace.relative_residual([prompt.low_key, prompt.value], bases, prompt.valid)
+        else:
+            error = subspace.residual_norm(prompt.low_key, bases[0])
+        if prompt.queries is None or kind == "residual":
+            return error
+        if kind == "expected_error":
+            return error * subspace.expected_attention(
+                prompt.queries, window, prompt.key, prompt.scaling, prompt.valid
+            )
+        last = prompt.queries[:, :, -window:]
         if kind == "logit":
-            return subspace.logit_error(queries, prompt.low_key, key_basis, prompt.scaling)
-        attention = subspace.token_attention(queries, prompt.key, prompt.scaling, prompt.valid)
-        if kind == "attention":
-            return attention
-        return attention * subspace.residual_norm(prompt.low_key, key_basis)
+            return subspace.logit_error(last, prompt.low_key, bases[0], prompt.scaling)
+        places = torch.arange(prompt.key.shape[2], device=last.device)[-last.shape[2] :]
+        attention = subspace.token_attention(last, places, prompt.key, prompt.scaling, prompt.valid)
+        return attention if kind == "attention" else attention * error
 
     def _compress_overflow(self, context: dict[str, Any] | None) -> None:
         """Moves what left the window of newest tokens into the low-rank tier, `update_interval` tokens at a time."""
@@ -354,17 +356,24 @@ class OjaKVLayer(KVLayer):
         key, value = (buffer.rows[:, :, first : first + count] for buffer in self.full)
         places = self.seen - self.recent + torch.arange(count, device=key.device).expand(key.shape[0], -1)
         low_key = self._unrotated(key, places)
+        self.hidden_full = extend_hidden(self.hidden_full, self.full[0].length, None, key.shape[0])
         hidden = None if self.hidden_full is None else self.hidden_full[:, first : first + count]
         if hidden is not None and not hidden.any():
             hidden = None
         self._update_bases([low_key, value], None if hidden is None else ~hidden)
 
         segment = self.segments[-1]
-        promoted = 0 if hidden is not None else self.budget.anchors(count)
-        scores = subspace.residual_norm(low_key, segment.key_basis)
+        promoted = self.budget.anchors(count, 0, self.anchor_share)
+        scores = self.anchor_scores(
+            Prompt(key, value, None, None, 1.0, low_key), [segment.key_basis, segment.value_basis]
+        )
+        anchor_hidden = low_hidden = None
+        if hidden is not None:
+            scores = scores.masked_fill(hidden[:, None], -torch.inf)
+            anchor_hidden, low_hidden = split_hidden(hidden, promoted)
         anchor_slots, low_slots = split_top(scores, promoted)
-        if self.segments[-1].hidden is not None or hidden is not None:
-            segment.hidden = extend_hidden(segment.hidden, segment.key.length, hidden, key.shape[0])
+        if segment.hidden is not None or low_hidden is not None:
+            segment.hidden = extend_hidden(segment.hidden, segment.key.length, low_hidden, key.shape[0])
         segment.key.append(take((low_key.float() @ segment.key_basis.float()).to(key.dtype), low_slots))
         segment.value.append(take((value.float() @ segment.value_basis.float()).to(key.dtype), low_slots))
         new_places = places[:, None].expand(-1, key.shape[1], -1).gather(2, anchor_slots).to(torch.int32)
@@ -374,47 +383,43 @@ class OjaKVLayer(KVLayer):
             buffer.data[:, :, first : first + promoted] = take(tokens, anchor_slots)
             buffer.remove(first + promoted, count - promoted)
         if self.hidden_full is not None:
-            shown = self.hidden_full.new_zeros(key.shape[0], promoted)
+            marks = self.hidden_full.new_zeros(key.shape[0], promoted) if anchor_hidden is None else anchor_hidden
             self.hidden_full = torch.cat(
-                [self.hidden_full[:, :first], shown, self.hidden_full[:, first + count :]], dim=1
+                [self.hidden_full[:, :first], marks, self.hidden_full[:, first + count :]], dim=1
             )
         self.anchors += promoted
 
     def _update_bases(self, streams: list[Tensor], valid: Tensor | None) -> None:
         """Moves the running bases by the tokens leaving the window; opens a version where they drifted too far."""
         config, segment = self.config, self.segments[-1]
-        if config.update_rule == "none":
+        if config.update_rule == "none" or (config.update_rule != "exact" and config.decode_learning_rate == 0):
             return
         stored = [segment.key_basis, segment.value_basis]
         running = self.running or [basis.float() for basis in stored]
         for index, tokens in enumerate(streams):
             matrix = subspace.covariance(tokens, valid)
             if config.update_rule == "exact":
-                past = self.seen - tokens.shape[2]
-                keep = min(config.forgetting, past / self.seen)
-                matrix = subspace.blend(running[index], self.spectra[index], matrix, keep)
+                real = torch.full((tokens.shape[0],), float(self.seen), device=tokens.device)
+                real = real if self.pads is None else real - self.pads
+                keep = (1 - tokens.shape[2] / real.clamp_min(tokens.shape[2])).clamp(max=config.forgetting)
+                matrix = subspace.blend(running[index], self.spectra[index], matrix, keep[:, None, None, None])
                 running[index], spectrum = subspace.top_basis(matrix, running[index].shape[-1])
                 self.spectra[index] = spectrum[..., : running[index].shape[-1]].clone()
-            elif config.decode_learning_rate > 0:
-                step = subspace.oja_step if config.update_rule == "oja" else subspace.hebbian_step
-                running[index] = step(
-                    running[index], matrix, config.decode_learning_rate, config.normalize == "lambda"
-                )
+            else:
+                step, rate = subspace.STEPS[config.update_rule], config.decode_learning_rate
+                running[index] = step(running[index], matrix, rate, config.normalize == "lambda")
         self.running = running
         moved = [subspace.drift(old, new) > config.drift_tolerance for old, new in zip(stored, running)]
         if not (moved[0].any() or moved[1].any()):
             return
         # Decided per row and head: what one sequence does must not change another's result.
-        fresh = [
-            torch.where(m[..., None, None], new.to(old.dtype), old) for m, old, new in zip(moved, stored, running)
-        ]
+        fresh = [torch.where(m[..., None, None], b.to(a.dtype), a) for m, a, b in zip(moved, stored, running)]
         if config.coefficients == "rotate" or len(self.segments) >= config.max_versions:
             for buffer, old, new in zip((segment.key, segment.value), stored, fresh):
                 buffer.data = (buffer.data.float() @ (old.float().mT @ new.float())).to(buffer.data.dtype)
             segment.key_basis, segment.value_basis = fresh
         else:
-            empty = [basis.new_empty(*basis.shape[:2], 0, basis.shape[3]) for basis in fresh]
-            self.segments.append(LowRankSegment(*fresh, RowBuffer(empty[0]), RowBuffer(empty[1])))
+            self.segments.append(LowRankSegment(*fresh, *(RowBuffer(basis[:, :, :0]) for basis in fresh)))
 
     def attend(self, query: Tensor, mask: Tensor | None, scaling: float, softcap: float | None) -> Tensor:
         key, value = self.full
@@ -474,27 +479,29 @@ class OjaKVLayer(KVLayer):
         return places - self.shift.view(-1, *[1] * (places.dim() - 1))
 
     def buffers(self) -> list[RowBuffer]:
-        return [*self.full, *(buffer for segment in self.segments for buffer in (segment.key, segment.value))]
+        return [*self.full, *self._low_buffers()]
+
+    def _low_buffers(self) -> list[RowBuffer]:
+        return [buffer for segment in self.segments for buffer in (segment.key, segment.value)]
 
     def tensors(self) -> list[Tensor]:
         parts = [*(buffer.data for buffer in self.buffers()), *self._index_tensors(), *self.spectra, *self.running]
+        parts += self.start or []
         return parts + [tensor for segment in self.segments for tensor in segment.tensors()]
 
     def _index_tensors(self) -> list[Tensor]:
-        parts = (self.anchor_positions, self.hidden_full, self.pads, self.sink_start, self.shift)
-        return [tensor for tensor in parts if tensor is not None]
+        return [tensor for tensor in map(vars(self).get, INDEX) if tensor is not None]
 
     def tier_bytes(self) -> dict[str, int]:
         row = sum(buffer.row_bytes for buffer in self.full)
-        low = [buffer for segment in self.segments for buffer in (segment.key, segment.value)]
         bases = [tensor for segment in self.segments for tensor in (segment.key_basis, segment.value_basis)]
         hidden = [segment.hidden for segment in self.segments if segment.hidden is not None]
         return {
             "sinks": self.sinks * row,
             "anchors": self.anchors * row,
             "newest": self.recent * row if self.full else 0,
-            "low_rank": sum(buffer.length * buffer.row_bytes for buffer in low),
-            "bases": storage_bytes(bases),
+            "low_rank": sum(buffer.length * buffer.row_bytes for buffer in self._low_buffers()),
+            "bases": storage_bytes(bases + (self.start or [])),
             "state": storage_bytes(self.spectra + self.running),
             "index": storage_bytes(self._index_tensors() + hidden),
             "slack": sum((b.data.shape[2] - b.length) * b.row_bytes for b in self.buffers()),
@@ -518,7 +525,7 @@ class OjaKVLayer(KVLayer):
         super()._select(index)
         for segment in self.segments:
             segment.reorder(index)
-        for name in ("anchor_positions", "hidden_full", "pads", "sink_start", "shift"):
+        for name in INDEX:
             tensor = getattr(self, name)
             setattr(self, name, None if tensor is None else tensor[index])
         self.spectra = [tensor[index] for tensor in self.spectra]
@@ -527,13 +534,16 @@ class OjaKVLayer(KVLayer):
     def reset(self) -> None:
         super().reset()
         self._clear()
+        self.budget.waiting.clear()
 
 
 class OjaKVCache(KVCache):
     """Cache with a low-rank tier (arXiv 2509.21623).
 
     Args:
-        model (`PreTrainedModel` or `PreTrainedConfig`): see `KVCache`.
+        model (`PreTrainedModel` or `PreTrainedConfig`):
+            See `KVCache`. Where attention does not run inside the cache, it sees neither queries nor padding: anchors
+            are chosen by residual alone and padding counts as tokens, so give it the model or register.
         config (`OjaKVConfig`, *optional*): settings; the defaults otherwise.
 
     Raises:
@@ -556,6 +566,7 @@ class OjaKVCache(KVCache):
         self._rope: Rope | None = None
         self._calibration: Calibration | None = None
         super().__init__(model)
+        self._calibration = None  # the layers hold its bases
 
     def prepare(self, decoder: PreTrainedConfig, layers: int) -> None:
         self.config.validate()

@@ -38,13 +38,14 @@ class Rope:
             )
         from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-        self.inv_freq = LlamaRotaryEmbedding(config).inv_freq.float()
+        # Plain numbers: a tensor would be one more thing every cache keeps alive.
+        self.inv_freq: list[float] = LlamaRotaryEmbedding(config).inv_freq.double().tolist()
 
     def rotate(self, keys: Tensor, positions: Tensor, sign: int = 1) -> Tensor:
         """Rotates `keys` `(B, K, N, D)` by `positions`, `(B, N)` or `(B, K, N)`; `sign=-1` takes the rotation off."""
-        width = 2 * self.inv_freq.shape[0]
+        width = 2 * len(self.inv_freq)
         positions = positions if positions.dim() == 3 else positions[:, None]
-        angles = positions[..., None].float() * self.inv_freq.to(keys.device) * sign
+        angles = positions[..., None].float() * torch.tensor(self.inv_freq, device=keys.device) * sign
         cos, sin = angles.cos(), angles.sin()
         first, second = keys[..., :width].float().chunk(2, dim=-1)
         turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(keys.dtype)

@@ -26,6 +26,23 @@ def split_top(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return order[..., :count].sort(dim=-1).values, order[..., count:].sort(dim=-1).values
 
 
+def split_hidden(hidden: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Marks of the two halves `split_top` makes of slots that start with padding.
+
+    Padding scores lowest, so it is among the best `count` only where a row has fewer real slots than that.
+
+    Args:
+        hidden (`Tensor`): boolean `(B, M)`, `True` for the leading padding of each row.
+
+    Returns:
+        `tuple[Tensor, Tensor]`: boolean `(B, count)` and `(B, M - count)`.
+    """
+    slots = torch.arange(hidden.shape[1], device=hidden.device)
+    padded = hidden.sum(-1, keepdim=True)
+    spilled = (count - (hidden.shape[1] - padded)).clamp(min=0)
+    return slots[:count] < spilled, slots[: hidden.shape[1] - count] < padded - spilled
+
+
 def leading_pads(mask: Tensor | None, length: int) -> Tensor | None:
     """Padding tokens before each row, `(B,)`, from the mask of an attention call; `None` where there are none.
 

@@ -19,6 +19,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 
+# What `expected_attention` grants every token for a question no one has asked yet, in units of an even spread.
+PRIOR_ATTENTION = 4.0
+
+
 def covariance(tokens: Tensor, valid: Tensor | None = None) -> Tensor:
     """Uncentred covariance `X.T X / m`.
 
@@ -53,6 +57,26 @@ def mean_pool(tokens: Tensor, window: int, valid: Tensor | None = None) -> Tenso
     tokens = pad(tokens.float() * count[:, None, :, None], (0, 0, 0, short)).view(batch, heads, -1, window, dim).sum(3)
     count = pad(count, (0, short)).view(batch, 1, -1, window).sum(3)
     return tokens / count.clamp_min(1)[..., None]
+
+
+def pooled_covariance(tokens: Tensor, window: int, pads: Tensor | None = None) -> Tensor:
+    """Covariance of `mean_pool`, with windows that start at each row's first real token.
+
+    Args:
+        tokens (`Tensor`): `(B, K, N, D)`.
+        window (`int`): tokens per mean.
+        pads (`Tensor`, *optional*): `(B,)`, leading padding of each row.
+
+    Returns:
+        `Tensor`: `(B, K, D, D)`, float32.
+    """
+    if pads is None:
+        return covariance(mean_pool(tokens, window))
+    length, places = tokens.shape[2], torch.arange(tokens.shape[2], device=tokens.device)
+    rotated = ((places + pads[:, None]) % length)[:, None, :, None].expand_as(tokens)
+    real = length - pads[:, None]
+    pooled = mean_pool(tokens.gather(2, rotated), window, places < real)
+    return covariance(pooled, places[: pooled.shape[2]] * window < real)
 
 
 def top_basis(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -108,6 +132,10 @@ def hebbian_step(basis: Tensor, matrix: Tensor, rate: float, normalize: bool = T
     return orthonormalize(basis + rate * (matrix @ basis))
 
 
+# The update rules that move a basis by a step; "exact" takes `top_basis` instead.
+STEPS = {"oja": oja_step, "hebbian": hebbian_step}
+
+
 def blend(basis: Tensor, spectrum: Tensor, matrix: Tensor, keep: float) -> Tensor:
     """`keep * C_old + (1 - keep) * matrix` where only the top eigenpairs of `C_old` were kept.
 
@@ -134,25 +162,74 @@ def energy_rank(spectrum: Tensor, share: float) -> int:
     return min(int(below.sum(-1).max()) + 1, spectrum.shape[-1])
 
 
-def token_attention(queries: Tensor, keys: Tensor, scaling: float, valid: Tensor | None = None) -> Tensor:
-    """Mean attention each token receives from the last queries of its group.
+def token_attention(
+    queries: Tensor, places: Tensor, keys: Tensor, scaling: float, valid: Tensor | None = None
+) -> Tensor:
+    """Mean attention each token receives from those of the given queries that come after it.
 
     Args:
-        queries (`Tensor`): `(B, H, W, D)`, of the last W tokens.
-        keys (`Tensor`): `(B, K, N, D)`, of all tokens, the W last included.
+        queries (`Tensor`): `(B, H, W, D)`.
+        places (`Tensor`): `(W,)`, their places in the text.
+        keys (`Tensor`): `(B, K, N, D)`, of all tokens.
+        valid (`Tensor`, *optional*): boolean `(B, N)`; tokens and queries marked `False` do not count.
+
+    Returns:
+        `Tensor`: `(B, K, N)`, float32. The scores themselves are formed in the dtype given.
+    """
+    batch, heads, window, dim = queries.shape
+    kv_heads, length = keys.shape[1], keys.shape[2]
+    rows = queries.reshape(batch, kv_heads, -1, dim) * scaling
+    logits = (rows @ keys.mT).view(batch, kv_heads, -1, window, length)
+    later = places[:, None] >= torch.arange(length, device=keys.device)
+    if valid is not None:
+        later = later & valid[:, None, None, None, :] & valid[:, places][:, None, None, :, None]
+    lowest = torch.finfo(logits.dtype).min
+    weights = torch.softmax(logits.masked_fill_(~later, lowest), dim=-1).masked_fill_(~later, 0)
+    seen = later.sum(-2).clamp_min(1) * (heads // kv_heads)
+    return weights.sum((2, 3), dtype=torch.float32) / (seen if valid is None else seen[:, :, 0])
+
+
+def expected_attention(
+    queries: Tensor, window: int, keys: Tensor, scaling: float, valid: Tensor | None = None
+) -> Tensor:
+    """Attention a token may expect from queries still to come: what the last ones and earlier ones gave it, and a prior.
+
+    The last `window` queries stand for the text going on, `2 * window` spread over the text for what its parts ask of
+    each other, and `PRIOR_ATTENTION` in units of an even spread for a question no one has asked yet.
+
+    Args:
+        queries (`Tensor`): `(B, H, M, D)`, of the last M tokens.
+        keys (`Tensor`): `(B, K, N, D)`, of all tokens.
         valid (`Tensor`, *optional*): boolean `(B, N)`.
 
     Returns:
         `Tensor`: `(B, K, N)`, float32.
     """
-    batch, heads, window, dim = queries.shape
-    kv_heads, length = keys.shape[1], keys.shape[2]
-    rows = queries.reshape(batch, kv_heads, -1, dim)
-    logits = (rows.float() * scaling @ keys.float().mT).view(batch, kv_heads, -1, window, length)
-    allowed = torch.ones(window, length, dtype=torch.bool, device=keys.device).tril(length - window)
-    allowed = allowed if valid is None else allowed & valid[:, None, None, None, :]
-    weights = torch.softmax(logits.masked_fill(~allowed, torch.finfo(logits.dtype).min), dim=-1)
-    return weights.mean((2, 3))
+    known, length = queries.shape[2], keys.shape[2]
+    offsets = torch.arange(known, device=keys.device)
+    spread = torch.linspace(0, known - 1, min(2 * window, known), device=keys.device).long()
+    total = torch.full(keys.shape[:3], PRIOR_ATTENTION / length, device=keys.device)
+    for chosen in (offsets[-window:], spread):
+        total += token_attention(queries[:, :, chosen], chosen + length - known, keys, scaling, valid)
+    return total
+
+
+def relative_residual(streams: list[Tensor], bases: list[Tensor], valid: Tensor | None = None) -> Tensor:
+    """Residual norms of several streams, each over its mean across tokens, added: `(B, K, N)`.
+
+    Args:
+        streams (`list[Tensor]`): keys and values, `(B, K, N, D)`.
+        bases (`list[Tensor]`): `(B, K, D, R)` each.
+        valid (`Tensor`, *optional*): boolean `(B, N)`; tokens marked `False` score zero and do not count in the mean.
+    """
+    total = torch.zeros(streams[0].shape[:3], device=streams[0].device)
+    for tokens, basis in zip(streams, bases):
+        norm = residual_norm(tokens, basis)
+        if valid is not None:
+            norm = norm * valid[:, None]
+        count = norm.shape[-1] if valid is None else valid.sum(-1).clamp_min(1)[:, None, None]
+        total += norm / (norm.sum(-1, keepdim=True) / count).clamp_min(1e-12)
+    return total
 
 
 def logit_error(queries: Tensor, keys: Tensor, basis: Tensor, scaling: float) -> Tensor:

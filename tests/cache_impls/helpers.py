@@ -75,7 +75,11 @@ class Driver:
 
     def __init__(self, batch=2, kv_heads=2, groups=2, dim=16, pads=None, softcap=None, **settings):
         self.config = tiny_config(
-            "llama", num_attention_heads=kv_heads * groups, num_key_value_heads=kv_heads, head_dim=dim, num_hidden_layers=1
+            "llama",
+            num_attention_heads=kv_heads * groups,
+            num_key_value_heads=kv_heads,
+            head_dim=dim,
+            num_hidden_layers=1,
         )
         self.config._attn_implementation_internal = ATTENTION_NAME
         self.cache = OjaKVCache(self.config, OjaKVConfig(**{**SMALL, **settings}))
@@ -85,11 +89,11 @@ class Driver:
         self.pads = None if pads is None else torch.tensor(pads)
 
     def mask(self, start, stop):
-        """Boolean `(B, 1, Q, N)`, or `None` where no row is padded."""
-        if self.pads is None:
+        """Boolean `(B, 1, Q, N)`, or `None` where the library passes none: no padding, and first tokens or just one."""
+        if self.pads is None and (start == 0 or stop - start == 1):
             return None
         causal = torch.arange(stop) <= torch.arange(start, stop)[:, None]
-        shown = torch.arange(stop) >= self.pads[:, None]
+        shown = torch.arange(stop) >= (torch.zeros(self.batch, 1) if self.pads is None else self.pads[:, None])
         return causal[None, None] & shown[:, None, None]
 
     def position_ids(self, start, stop):

@@ -77,7 +77,7 @@ def turn(token: Tensor, place: int, frequencies: Tensor | None, sign: int) -> Te
         return token
     half = len(frequencies)
     numbers = torch.complex(token[:half], token[half:])
-    angles = sign * place * frequencies.double()
+    angles = sign * place * torch.tensor(frequencies, dtype=torch.float64)
     numbers = numbers * torch.polar(torch.ones_like(angles), angles)
     return torch.cat([numbers.real, numbers.imag])
 

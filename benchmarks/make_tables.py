@@ -1,0 +1,218 @@
+"""Writes the measured tables of README.md and of the method pages from benchmarks/results/*.json.
+
+    python benchmarks/make_tables.py [--check]
+
+Only the text between the two markers of a page is replaced. With `--check` nothing is written and the exit code is 1 when
+a page differs from the results. A method page gets every row of its files: one table per metric, a line per system, a
+column per setting. README.md gets one line per headline: our default, the best peer that needs no more bytes, the command.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from hf_ext.table import Row, format_value, read_rows
+
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+
+# Page of a method -> the results it shows, each the output of the script of the same name.
+PAGES = {
+    "docs/methods/ojakv.md": ("kv_quality", "decode_speed", "end_to_end"),
+    "docs/methods/packed.md": ("decode_speed", "end_to_end"),
+}
+# Systems whose name begins so are ours; all others are peers.
+OURS = ("packed", "ojakv")
+# The end of a setting that is a budget, and so belongs to the system: peers of a fixed size have none.
+BUDGET = re.compile(r", (ratio [\d.]+)$")
+BYTES = "bytes"
+
+
+@dataclass(frozen=True)
+class Headline:
+    """A line of the README: `system` of `method` by `metric`, in the setting that matches `setting`."""
+
+    method: str
+    system: str
+    file: str
+    metric: str
+    setting: str
+    higher_is_better: bool = False
+
+
+HEADLINES = (
+    Headline("packed", "packed", "decode_speed", "speed over DynamicCache", r"32K, bfloat16", True),
+    Headline("packed", "packed", "decode_speed", "speed over DynamicCache", r"32K, float32", True),
+    Headline("ojakv", "ojakv", "kv_quality", "loss above dense", r"^BBC, all contexts, ratio 0\.6$"),
+    Headline("ojakv", "ojakv", "kv_quality", "loss of the code", r"^needles, question later, ratio 0\.6$"),
+    Headline("ojakv", "ojakv 0.6", "decode_speed", "speed over DynamicCache", r"32K, bfloat16", True),
+)
+
+
+def load() -> dict[str, list[Row]]:
+    """Rows by file name without `.json`."""
+    return {path.stem: read_rows(path) for path in sorted((ROOT / "benchmarks" / "results").glob("*.json"))}
+
+
+def command(file: str) -> str:
+    return f"`python benchmarks/{file}.py`"
+
+
+def is_ours(row: Row) -> bool:
+    return row.system.startswith(OURS)
+
+
+def split_budget(setting: str) -> tuple[str, str]:
+    """A setting without its budget, and the budget or `""`."""
+    found = BUDGET.search(setting)
+    return (setting[: found.start()], found[1]) if found else (setting, "")
+
+
+def with_unit(row: Row) -> str:
+    """`9.1x`, `0.022 nats`; spreads are on the method pages."""
+    return f"{format_value(replace(row, spread=0.0))}{'' if row.unit in ('', 'x', '%') else ' '}{row.unit}"
+
+
+def share_of_bytes(row: Row, rows: list[Row]) -> float | None:
+    """The share of the dense cache's bytes a system used in a setting, if the file says it."""
+    found = [r.value for r in rows if (r.system, r.setting, r.metric) == (row.system, row.setting, BYTES)]
+    return found[0] if found else None
+
+
+def best_peer(ours: Row, rows: list[Row], higher_is_better: bool) -> Row | None:
+    """The best system of others under the same circumstances that takes no more bytes.
+
+    Systems of a fixed size stand in the setting without a budget.
+    """
+    limit = share_of_bytes(ours, rows)
+    settings = (ours.setting, split_budget(ours.setting)[0])
+    peers = [row for row in rows if row.metric == ours.metric and row.setting in settings and not is_ours(row)]
+    if limit is not None:
+        # One in a hundred: budgets are met up to a page of storage.
+        peers = [row for row in peers if (share_of_bytes(row, rows) or 0) <= 1.01 * limit]
+    if not peers:
+        return None
+    return (max if higher_is_better else min)(peers, key=lambda row: row.value)
+
+
+def not_measured(files: list[str]) -> str:
+    return f"Not measured yet: {', '.join(command(file) for file in files)}."
+
+
+def headline_table(results: dict[str, list[Row]]) -> str:
+    """The README's block."""
+    lines = []
+    for headline in HEADLINES:
+        rows = results.get(headline.file)
+        if rows is None:
+            continue
+        found = [
+            row
+            for row in rows
+            if (row.system, row.metric) == (headline.system, headline.metric)
+            and re.search(headline.setting, row.setting)
+        ]
+        if not found:
+            raise SystemExit(f"{headline.file}.json has no row for {headline}; adapt HEADLINES to what it measures.")
+        ours = found[0]
+        peer = best_peer(ours, rows, headline.higher_is_better)
+
+        def cell(row: Row, rows: list[Row] = rows) -> str:
+            share = share_of_bytes(row, rows)
+            return with_unit(row) + ("" if share is None else f", {share:.0%} of the bytes")
+
+        best = "none" if peer is None else f"{peer.system}: {cell(peer)}"
+        direction = "higher" if headline.higher_is_better else "lower"
+        what = f"{ours.metric}, {ours.setting} ({direction} is better)"
+        lines.append(f"| `{headline.method}` | {what} | {cell(ours)} | {best} | {command(headline.file)} |")
+    parts = []
+    if lines:
+        parts.append(
+            "\n".join(
+                ["| method | what | ours | best peer | measured by |", "| --- | --- | ---: | ---: | --- |", *lines]
+            )
+        )
+    missing = list(dict.fromkeys(h.file for h in HEADLINES if h.file not in results))
+    if missing:
+        parts.append(not_measured(missing))
+    return "\n\n".join(parts)
+
+
+def metric_table(rows: list[Row]) -> str:
+    """One metric: a line per system (with its budget), a column per setting, what all settings share in the caption."""
+    cells: dict[str, dict[str, str]] = {}
+    settings: dict[str, list[str]] = {}
+    for row in rows:
+        base, budget = split_budget(row.setting)
+        settings.setdefault(base, base.split(", "))
+        cells.setdefault(f"{row.system}, {budget}" if budget else row.system, {})[base] = format_value(row)
+    first = next(iter(settings.values()))
+    common = (
+        [part for part in first if all(part in parts for parts in settings.values())] if len(settings) > 1 else first
+    )
+    heads = {base: ", ".join(p for p in parts if p not in common) or "value" for base, parts in settings.items()}
+    unit = f" ({rows[0].unit})" if rows[0].unit else ""
+    counts = sorted({row.n for row in rows})
+    number = f"n = {counts[0]}" if len(counts) == 1 else f"n = {counts[0]} to {counts[-1]}"
+    where = f", {', '.join(common)}" if common else ""
+    spread = ", ± standard deviation" if any(row.spread for row in rows) else ""
+    lines = [["system", *heads.values()], ["---", *["---:"] * len(heads)]]
+    lines += [[system, *(found.get(base, "") for base in settings)] for system, found in cells.items()]
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"**{rows[0].metric}{unit}**{where}; {number}{spread}\n\n{table}"
+
+
+def page_tables(files: tuple[str, ...], results: dict[str, list[Row]]) -> str:
+    """The block of a method page."""
+    parts = []
+    for file in files:
+        rows = results.get(file, [])
+        if not rows:
+            continue
+        parts.append(f"Measured by {command(file)}:")
+        parts += [metric_table([r for r in rows if r.metric == m]) for m in dict.fromkeys(row.metric for row in rows)]
+    missing = [file for file in files if not results.get(file)]
+    if missing:
+        parts.append(not_measured(missing))
+    return "\n\n".join(parts)
+
+
+def blocks(results: dict[str, list[Row]]) -> dict[str, str]:
+    """What stands between the markers, by page."""
+    return {"README.md": headline_table(results)} | {page: page_tables(f, results) for page, f in PAGES.items()}
+
+
+def with_block(text: str, block: str) -> str:
+    """The page with the part between the two markers replaced."""
+    head, rest = text.split(BEGIN)
+    tail = rest.split(END)[1]
+    return f"{head}{BEGIN}\n{block}\n{END}{tail}"
+
+
+def stale() -> dict[str, str]:
+    """Pages that differ from the results, with their new text."""
+    found = {}
+    for page, block in blocks(load()).items():
+        text = (ROOT / page).read_text(encoding="utf-8")
+        if (new := with_block(text, block)) != text:
+            found[page] = new
+    return found
+
+
+def main(arguments: list[str]) -> int:
+    pages = stale()
+    for page, text in pages.items():
+        if "--check" in arguments:
+            print(f"{page} is stale; run python benchmarks/make_tables.py")
+        else:
+            (ROOT / page).write_text(text, encoding="utf-8")
+            print(f"wrote {page}")
+    return 1 if pages and "--check" in arguments else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,136 @@
+"""The measured tables in the README and the docs are those of the committed results, and the table maker makes them right."""
+
+import pytest
+
+from benchmarks import make_tables
+from hf_ext.table import Row, write_rows
+
+
+def rows_of_kv_quality():
+    rows = []
+    for setting, system, loss, share in (
+        ("BBC, all contexts", "dense", 0.0, 1.0),
+        ("BBC, all contexts", "int8 per token", -0.001, 0.516),
+        ("BBC, all contexts, ratio 0.6", "ojakv", 0.02, 0.598),
+        ("BBC, all contexts, ratio 0.6", "ojakv pre-rope", 0.01, 0.598),
+        ("BBC, all contexts, ratio 0.6", "snapkv", 0.026, 0.6),
+        ("BBC, all contexts, ratio 0.6", "greedy", -0.5, 0.7),
+        ("BBC, 1024 tokens, ratio 0.6", "ojakv", 0.04, 0.598),
+        ("needles, question later", "int8 per token", 0.55, 0.516),
+        ("needles, question later, ratio 0.6", "ojakv", 0.9, 0.598),
+    ):
+        metric = "loss above dense" if setting.startswith("BBC") else "loss of the code"
+        rows.append(Row("ojakv", system, setting, metric, loss, "nats", 24, 0.01))
+        rows.append(Row("ojakv", system, setting, "bytes", share, "of dense", 24))
+    return rows
+
+
+def rows_of_decode_speed():
+    rows = []
+    for kind, factor in (("32K, float32", 1), ("32K, bfloat16", 2)):
+        setting = f"a layer, {kind}, 1 thread"
+        for method, system, value in (
+            ("packed", "DynamicCache", 1.0),
+            ("packed", "StaticCache", 4.0 * factor),
+            ("packed", "packed", 4.5 * factor),
+            ("ojakv", "ojakv 0.6", 6.0 * factor),
+        ):
+            rows.append(Row(method, system, setting, "speed over DynamicCache", value, "x", 24, 0.1))
+            rows.append(Row(method, system, setting, "decode step", 10 / value, "ms", 24, 0.1))
+    return rows
+
+
+@pytest.fixture
+def results():
+    return {"kv_quality": rows_of_kv_quality(), "decode_speed": rows_of_decode_speed()}
+
+
+def test_pages_agree_with_the_committed_results():
+    assert list(make_tables.stale()) == [], "run python benchmarks/make_tables.py"
+
+
+@pytest.mark.parametrize("page", make_tables.blocks({}))
+def test_a_page_names_the_command_of_what_is_not_measured(page):
+    text = (make_tables.ROOT / page).read_text()
+    block = text.split(make_tables.BEGIN)[1].split(make_tables.END)[0]
+    measured = make_tables.load()
+    files = make_tables.PAGES.get(page) or {headline.file for headline in make_tables.HEADLINES}
+    for file in files:
+        assert make_tables.command(file) in block
+        assert ("Not measured yet" in block) == any(name not in measured for name in files)
+
+
+@pytest.mark.parametrize("file", sorted({f for files in make_tables.PAGES.values() for f in files}))
+def test_every_command_shown_is_a_script_of_the_repository(file):
+    assert (make_tables.ROOT / "benchmarks" / f"{file}.py").is_file()
+
+
+def test_every_result_is_shown_somewhere():
+    shown = {file for files in make_tables.PAGES.values() for file in files}
+    assert set(make_tables.load()) <= shown
+    assert {headline.file for headline in make_tables.HEADLINES} <= shown
+
+
+def test_the_best_peer_has_no_more_bytes_and_is_not_ours(results):
+    rows = results["kv_quality"]
+    ours = next(row for row in rows if row.system == "ojakv" and row.setting == "BBC, all contexts, ratio 0.6")
+    peer = make_tables.best_peer(ours, rows, higher_is_better=False)
+    assert peer.system == "int8 per token"
+
+
+def test_a_peer_without_a_byte_row_still_competes(results):
+    rows = results["decode_speed"]
+    ours = next(row for row in rows if row.system == "packed" and row.unit == "x")
+    assert make_tables.best_peer(ours, rows, higher_is_better=True).system == "StaticCache"
+
+
+def test_no_peer_is_no_peer():
+    ours = Row("ojakv", "ojakv", "s", "m", 1.0)
+    assert make_tables.best_peer(ours, [ours], higher_is_better=False) is None
+
+
+def test_the_readme_has_a_line_per_headline(results):
+    text = make_tables.headline_table(results)
+    lines = text.splitlines()
+    assert len(lines) == 2 + len(make_tables.HEADLINES)
+    assert "Not measured yet" not in text
+    line = next(line for line in lines if "loss above dense" in line)
+    assert "| 0.02 nats, 60% of the bytes" in line
+    assert "int8 per token: -0.001 nats, 52% of the bytes" in line
+    assert "`python benchmarks/kv_quality.py`" in line
+
+
+def test_a_headline_without_a_row_is_an_error(results):
+    results["decode_speed"] = [row for row in results["decode_speed"] if row.system != "packed"]
+    with pytest.raises(SystemExit, match="decode_speed.json has no row"):
+        make_tables.headline_table(results)
+
+
+def test_a_page_has_every_value_of_its_files_once(results):
+    text = make_tables.page_tables(("kv_quality", "decode_speed", "end_to_end"), results)
+    assert text.count("**loss above dense (nats)**, BBC; n = 24, ± standard deviation") == 1
+    assert "| system | all contexts | 1024 tokens |" in text
+    assert "| ojakv, ratio 0.6 | 0.02 ± 0.01 | 0.04 ± 0.01 |" in text
+    assert "| int8 per token | -0.001 ± 0.01 |  |" in text
+    assert "**speed over DynamicCache (x)**, a layer, 32K, 1 thread; n = 24" in text
+    assert "| system | float32 | bfloat16 |" in text
+    assert text.endswith("Not measured yet: `python benchmarks/end_to_end.py`.")
+
+
+def test_check_finds_a_stale_page_and_writing_mends_it(results, tmp_path, monkeypatch, capsys):
+    for page in make_tables.blocks({}):
+        path = tmp_path / page
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"above\n{make_tables.BEGIN}\nold\n{make_tables.END}\nbelow\n")
+    for name, rows in results.items():
+        write_rows(tmp_path / "benchmarks" / "results" / f"{name}.json", rows)
+    monkeypatch.setattr(make_tables, "ROOT", tmp_path)
+    assert make_tables.main(["--check"]) == 1
+    assert "README.md is stale" in capsys.readouterr().out
+    assert make_tables.main([]) == 0
+    assert make_tables.main(["--check"]) == 0
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith(f"above\n{make_tables.BEGIN}\n| method |")
+    assert text.endswith(f"{make_tables.END}\nbelow\n")
+    write_rows(tmp_path / "benchmarks" / "results" / "decode_speed.json", rows_of_decode_speed()[::-1])
+    assert make_tables.main(["--check"]) == 1, "changed results must show"

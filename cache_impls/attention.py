@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -105,12 +105,12 @@ def segment_attention(segments: list[Segment], groups: int, softcap: float | Non
         if part.visible is not None:
             grid[..., start : start + part.length].masked_fill_(~part.visible, -torch.inf)
     weights = torch.softmax(logits, dim=-1)
-    output = None
+    output = torch.zeros((), dtype=logits.dtype, device=logits.device)
     for part, start, end in zip(segments, bounds, bounds[1:]):
         share = torch.bmm(weights[..., start:end], part.values.flatten(0, 1))
         if part.expand is not None:
             share = torch.bmm(share, part.expand.flatten(0, 1).mT)
-        output = share if output is None else output.add_(share)
+        output = share if output.dim() == 0 else output.add_(share)
     # A row that may see nothing (a padded query) has only -inf scores; its weights are NaN and its output unused.
     return output.view(batch, kv_heads, rows, -1)
 
@@ -171,9 +171,10 @@ def kv_attention_forward(
     A `KVBlock` is attended to where it is stored; tensors (sliding layers, other caches, training) take the usual path.
     """
     options = {"scaling": scaling, "dropout": dropout, "softcap": softcap, **kwargs}
-    if not isinstance(key, KVBlock):
+    if isinstance(key, Tensor) and isinstance(value, Tensor):
         return dense_attention(module, query, key, value, attention_mask, **options)
-    block, layer = key, key.layer
+    block = cast(KVBlock, key)
+    layer = block.layer
     scaling = scaling if scaling is not None else query.shape[-1] ** -0.5
     context = {"query": query, "mask": attention_mask, "scaling": scaling, "position_ids": kwargs.get("position_ids")}
     if block.first:
@@ -210,7 +211,7 @@ def _switchable(config) -> bool:
     return implementation == "sdpa" or (implementation == "eager" and softcapped)
 
 
-def _before_forward(module: nn.Module, args: tuple, kwargs: dict) -> None:
+def _before_forward(module: PreTrainedModel, args: tuple, kwargs: dict) -> None:
     cache = _our_cache(args, kwargs)
     if cache is None:
         return
@@ -228,7 +229,7 @@ def _before_forward(module: nn.Module, args: tuple, kwargs: dict) -> None:
     cache.previous_implementations.append((config, implementation))
 
 
-def _after_forward(module: nn.Module, args: tuple, kwargs: dict, output) -> None:
+def _after_forward(module: PreTrainedModel, args: tuple, kwargs: dict, output) -> None:
     cache = _our_cache(args, kwargs)
     if cache is not None and cache.previous_implementations:
         config, implementation = cache.previous_implementations.pop()
@@ -241,7 +242,7 @@ def register_attention() -> None:
     AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
 
 
-def attach(model: nn.Module) -> bool:
+def attach(model: PreTrainedModel) -> bool:
     """Lets `model` attend inside our caches whenever one of them is passed to its forward.
 
     The attention implementation is switched for the span of a forward call with one of our caches and put back after
@@ -255,8 +256,8 @@ def attach(model: nn.Module) -> bool:
         return False
     register_attention()
     # A PEFT wrapper generates with the model inside it, and forwards through itself.
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    for module in {model, inner}:
+    unwrap = getattr(model, "get_base_model", None)
+    for module in {model, unwrap() if callable(unwrap) else model}:
         if module not in _hooked:
             _hooked[module] = [
                 module.register_forward_pre_hook(_before_forward, with_kwargs=True),

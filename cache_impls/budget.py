@@ -19,7 +19,8 @@ from hf_ext.log import get_logger, warn_once
 
 
 if TYPE_CHECKING:
-    from hf_ext.cache_impls.ojakv import OjaKVConfig, OjaKVLayer
+    from hf_ext.cache_impls.ojakv import OjaKVConfig
+    from hf_ext.cache_impls.ojakv_layer import OjaKVLayer
 
 # Part of the budget that goes to anchors unless `anchor_ratio` says otherwise. The optimum is flat: between 0.5 and 0.8
 # the loss of continuations and of later questions hardly moves at ratio 0.6; at 0.4 it lies near 0.75.
@@ -146,7 +147,7 @@ class RankBudget:
 
     def byte_share(self, prompt: Prompt) -> float:
         dense = prompt.key.shape[2] * (prompt.key.shape[-1] + prompt.value.shape[-1]) * prompt.key.element_size()
-        return self.config.max_bytes / (self.layers * dense * prompt.key.shape[0] * prompt.key.shape[1])
+        return (self.config.max_bytes or 0) / (self.layers * dense * prompt.key.shape[0] * prompt.key.shape[1])
 
     def submit(self, layer: OjaKVLayer, prompt: Prompt) -> None:
         """`allocation="global"`: holds the layer's prompt back until the last one is in, then compresses them all."""

@@ -56,23 +56,23 @@ class Calibration:
     @classmethod
     def from_model(cls, model: PreTrainedModel, batches: Iterable[Tensor]) -> Calibration:
         """Runs token id batches `(B, N)` through the model and sums what its attention layers see."""
-        cache = None
+        layers: list[_GramLayer] = []
         for ids in tqdm(batches, desc="calibration", unit="batch", leave=False):
-            fresh = _GramCache(model)
-            if cache is not None:
-                for layer, old in zip(fresh.kv_layers, cache.kv_layers):
-                    layer.grams = old.grams
-            cache = fresh
+            cache = _GramCache(model)
+            fresh = [layer for layer in cache.layers if isinstance(layer, _GramLayer)]
+            for layer, old in zip(fresh, layers):
+                layer.grams = old.grams
+            layers = fresh
             with torch.no_grad():
                 model(ids.to(model.device), past_key_values=cache, use_cache=True)
-        if cache is None:
+        if not layers:
             raise ConfigError("Calibration.from_model was given no batch of token ids.")
-        if any(not layer.grams for layer in cache.kv_layers):
+        if any(not layer.grams for layer in layers):
             raise UnsupportedModelError(
                 f"{type(model).__name__} does not route attention through transformers' interface, so its queries cannot "
                 "be seen; use update_rule='exact', which needs no calibration."
             )
-        pairs = [[subspace.top_basis(gram, gram.shape[-1]) for gram in layer.grams] for layer in cache.kv_layers]
+        pairs = [[subspace.top_basis(gram, gram.shape[-1]) for gram in layer.grams] for layer in layers]
         return cls([[p[0].cpu() for p in pair] for pair in pairs], [[p[1].cpu() for p in pair] for pair in pairs])
 
     def save(self, path: str | os.PathLike) -> None:

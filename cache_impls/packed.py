@@ -70,8 +70,9 @@ class PackedLayer(KVLayer):
         self.value.remove(self.seen, count)
 
     def reset(self) -> None:
+        if self.seen:
+            del self.key, self.value
         super().reset()
-        self.key = self.value = None
 
 
 class PackedCache(KVCache):

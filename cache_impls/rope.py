@@ -39,7 +39,7 @@ class Rope:
         from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
         # Plain numbers: a tensor would be one more thing every cache keeps alive.
-        self.inv_freq: list[float] = LlamaRotaryEmbedding(config).inv_freq.double().tolist()
+        self.inv_freq: list[float] = LlamaRotaryEmbedding(config).inv_freq.double().tolist()  # type: ignore[arg-type]
 
     def rotate(self, keys: Tensor, positions: Tensor, sign: int = 1) -> Tensor:
         """Rotates `keys` `(B, K, N, D)` by `positions`, `(B, N)` or `(B, K, N)`; `sign=-1` takes the rotation off."""

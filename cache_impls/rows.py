@@ -77,28 +77,29 @@ def take(tokens: Tensor, places: Tensor) -> Tensor:
     return flat.view(batch, heads, places.shape[2], dim)
 
 
+def mark_rows(hidden: Tensor, length: int) -> Tensor:
+    """Padding marks `(B, length)` from those of the first rows `(B, n)`; rows beyond `n` are not padding."""
+    marks = hidden.new_zeros(hidden.shape[0], length)
+    marks[:, : min(hidden.shape[1], length)] = hidden[:, :length]
+    return marks
+
+
 def visible_rows(hidden: Tensor | None, length: int) -> Tensor | None:
-    """Boolean `(B, 1, 1, 1, length)` from the padding `(B, n <= length)` of the first rows."""
-    if hidden is None:
-        return None
-    return ~extend_hidden(hidden, length, None, hidden.shape[0])[:, None, None, None]
+    """Boolean `(B, 1, 1, 1, length)` for an attention mask, from the padding `(B, n)` of the first rows."""
+    return None if hidden is None else ~mark_rows(hidden, length)[:, None, None, None]
 
 
-def extend_hidden(hidden: Tensor | None, length: int, more: Tensor | None, batch: int) -> Tensor | None:
-    """Padding marks of `length` rows and those of `more` after them; rows without a mark are not padding."""
-    given = hidden if hidden is not None else more
-    if given is None:
-        return None
-    marks = given.new_zeros(batch, length)
-    if hidden is not None:
-        marks[:, : min(hidden.shape[1], length)] = hidden[:, :length]
-    return marks if more is None else torch.cat([marks, more], dim=1)
+def append_marks(hidden: Tensor | None, length: int, more: Tensor | None) -> Tensor | None:
+    """Padding marks of `length` rows, of which the first are given, and of the rows `more` behind them."""
+    if more is None:
+        return None if hidden is None else mark_rows(hidden, length)
+    return torch.cat([mark_rows(more[:, :0] if hidden is None else hidden, length), more], dim=1)
 
 
 def position_shift(context: dict[str, Any] | None, length: int) -> Tensor | None:
     """Place in the text minus position id, `(B,)`; `None` where they are the same or unknown."""
-    ids = None if context is None else context["position_ids"]
-    if ids is None or ids.dim() != 2:
+    if context is None or context["position_ids"] is None or context["position_ids"].dim() != 2:
         return None
+    ids = context["position_ids"]
     shift = (length - 1 - ids[:, -1]).expand(context["query"].shape[0])
     return shift.clone() if bool(shift.any()) else None

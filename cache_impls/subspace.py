@@ -136,14 +136,14 @@ def hebbian_step(basis: Tensor, matrix: Tensor, rate: float, normalize: bool = T
 STEPS = {"oja": oja_step, "hebbian": hebbian_step}
 
 
-def blend(basis: Tensor, spectrum: Tensor, matrix: Tensor, keep: float) -> Tensor:
+def blend(basis: Tensor, spectrum: Tensor, matrix: Tensor, keep: Tensor | float) -> Tensor:
     """`keep * C_old + (1 - keep) * matrix` where only the top eigenpairs of `C_old` were kept.
 
     Args:
         basis (`Tensor`): `(..., D, R)`.
         spectrum (`Tensor`): `(..., R)`, their eigenvalues.
         matrix (`Tensor`): `(..., D, D)`, covariance of the new tokens.
-        keep (`float`): weight of the old covariance (rho).
+        keep (`float` or `Tensor`): weight of the old covariance (rho), one or broadcastable to `(..., D, D)`.
     """
     basis = basis.float()
     return keep * (basis * spectrum.unsqueeze(-2)) @ basis.mT + (1 - keep) * matrix

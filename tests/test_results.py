@@ -18,6 +18,8 @@ def rows_of_kv_quality():
         ("BBC, 1024 tokens, ratio 0.6", "ojakv", 0.04, 0.598),
         ("needles, question later", "int8 per token", 0.55, 0.516),
         ("needles, question later, ratio 0.6", "ojakv", 0.9, 0.598),
+        ("BBC, all contexts, ratio 0.4", "ojakv", 0.05, 0.398),
+        ("needles, question later, ratio 0.4", "ojakv", 2.9, 0.398),
     ):
         metric = "loss above dense" if setting.startswith("BBC") else "loss of the code"
         rows.append(Row("ojakv", system, setting, metric, loss, "nats", 24, 0.01))

@@ -1,6 +1,6 @@
 """The attention function every cache of the suite plugs into, and the hooks that switch a model to it.
 
-A cache layer of this suite returns a `KVBlock` from `update()` instead of tensors. `kv_attention_forward` recognises it
+A cache layer of this suite returns `KVBlock`s from `update()` instead of tensors. `kv_attention_forward` recognises it
 and lets the layer attend in its own storage: the query heads of a group become the rows of one product, so key/value
 heads are never repeated and compressed tokens are never expanded. Ordinary tensors go to the library's own function.
 
@@ -10,20 +10,26 @@ Plugs in: `AttentionInterface` and `AttentionMaskInterface` under `ATTENTION_NAM
 
 from __future__ import annotations
 
+import threading
 import weakref
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from hf_ext.log import get_logger, warn_once
 
 
 if TYPE_CHECKING:
     from hf_ext.cache_impls.base import KVLayer
+
+_logger = get_logger(__name__)
 
 ATTENTION_NAME = "hf_ext_kv"
 
@@ -32,16 +38,50 @@ MAX_IN_SPACE_ROWS = 64
 
 
 @dataclass
-class KVBlock:
-    """What `KVLayer.update` hands to the attention function: the layer and the new tokens.
+class KVStep:
+    """The new tokens of one layer on their way from `update` to the attention function.
 
-    `key` and `value` are `(B, K, Q, D)`; `first` says that the layer held nothing before them.
+    `key` and `value` are `(B, K, Q, D)`; `first` says that the layer held nothing before them; `tensors` holds all keys
+    and values, once something asked for them.
     """
 
     layer: KVLayer
     key: Tensor
     value: Tensor
     first: bool
+    tensors: tuple[Tensor, Tensor] | None = None
+
+    def expand(self) -> tuple[Tensor, Tensor]:
+        if self.tensors is None:
+            self.tensors = self.layer.tensor_states(self.key, self.value, self.first)
+        return self.tensors
+
+
+class KVBlock:
+    """What `KVLayer.update` returns in place of keys (`index` 0) or values (1).
+
+    Our attention function takes the step out of it. A model that does more with its keys or values than hand them on
+    (multi-head latent attention, differential attention) touches the block like a tensor, and from then on it is one:
+    the layer gives out all its tokens and attention runs on those.
+    """
+
+    def __init__(self, step: KVStep, index: int):
+        self.step, self.index = step, index
+
+    @property
+    def tensor(self) -> Tensor:
+        return self.step.expand()[self.index]
+
+    def __getattr__(self, name: str):
+        return getattr(self.tensor, name)
+
+    def __getitem__(self, item):
+        return self.tensor[item]
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        args, kwargs = tree_map_only(cls, lambda block: block.tensor, (args, kwargs or {}))
+        return function(*args, **kwargs)
 
 
 @dataclass
@@ -171,30 +211,44 @@ def kv_attention_forward(
     A `KVBlock` is attended to where it is stored; tensors (sliding layers, other caches, training) take the usual path.
     """
     options = {"scaling": scaling, "dropout": dropout, "softcap": softcap, **kwargs}
-    if isinstance(key, Tensor) and isinstance(value, Tensor):
-        return dense_attention(module, query, key, value, attention_mask, **options)
-    block = cast(KVBlock, key)
-    layer = block.layer
+    step = next((states.step for states in (key, value) if isinstance(states, KVBlock)), None)
+    if step is None or step.tensors is not None or not (isinstance(key, KVBlock) and isinstance(value, KVBlock)):
+        tensors = [states.tensor if isinstance(states, KVBlock) else states for states in (key, value)]
+        return dense_attention(module, query, *tensors, attention_mask, **options)
+    layer = step.layer
     scaling = scaling if scaling is not None else query.shape[-1] ** -0.5
     context = {"query": query, "mask": attention_mask, "scaling": scaling, "position_ids": kwargs.get("position_ids")}
-    if block.first:
+    if step.first:
         if layer.stores_before_prompt:
-            layer.absorb_prompt(block.key, block.value, context)
+            layer.absorb_prompt(step.key, step.value, context)
             return dense_attention(module, query, *layer.materialize(), attention_mask, **options)
-        output = dense_attention(module, query, block.key, block.value, attention_mask, **options)
-        layer.absorb_prompt(block.key, block.value, context)
+        output = dense_attention(module, query, step.key, step.value, attention_mask, **options)
+        layer.absorb_prompt(step.key, step.value, context)
         return output
+    layer.observe(context)
     if query.shape[2] <= MAX_IN_SPACE_ROWS and layer.attends_in_space and not query.requires_grad:
         output = layer.attend(query, attention_mask, scaling, softcap), None
     else:
-        key, value = layer.materialize()
-        output = dense_attention(module, query, key, value, attention_mask, **options)
+        output = dense_attention(module, query, *layer.materialize(), attention_mask, **options)
     layer.settle(context)
     return output
 
 
 # Models with our hooks: the handles, so that `detach_all` can take them off again.
 _hooked: weakref.WeakKeyDictionary[nn.Module, list[RemovableHandle]] = weakref.WeakKeyDictionary()
+
+
+@dataclass
+class _Switch:
+    """A config that names our function while the forward calls in `running` last, and what it named before."""
+
+    config: PreTrainedConfig
+    original: str
+    running: set[tuple[int, int]] = field(default_factory=set)  # thread, module
+
+
+_switches: dict[int, _Switch] = {}
+_lock = threading.Lock()
 
 
 def _our_cache(args: tuple, kwargs: dict):
@@ -218,22 +272,39 @@ def _before_forward(module: PreTrainedModel, args: tuple, kwargs: dict) -> None:
     tokens = kwargs.get("input_ids")
     tokens = tokens if tokens is not None else kwargs.get("inputs_embeds")
     if tokens is not None:
-        cache.check_batch(tokens.shape[0])
+        cache.check_ready(tokens.shape[0])
     # A deep copy of a model keeps hooks that `detach_all` cannot see.
     if ATTENTION_NAME not in AttentionInterface._global_mapping:
         return
     config = module.config.get_text_config(decoder=True)
-    implementation = config._attn_implementation
-    if _switchable(config):
+    with _lock:
+        switch = _switches.get(id(config))
+        if switch is None:
+            if not _switchable(config):
+                warn_once(
+                    _logger,
+                    f"{type(cache).__name__}: attention of {config.model_type} runs as {config._attn_implementation!r}, "
+                    "outside the cache; results stay right, but every step rebuilds the stored tokens and padding is not "
+                    'seen. model.set_attn_implementation("sdpa") is faster.',
+                )
+                return
+            switch = _switches[id(config)] = _Switch(config, config._attn_implementation)
         config._attn_implementation_internal = ATTENTION_NAME
-    cache.previous_implementations.append((config, implementation))
+        # A forward call of the same module in the same thread that never ended was interrupted: this one replaces it.
+        switch.running.add((threading.get_ident(), id(module)))
 
 
 def _after_forward(module: PreTrainedModel, args: tuple, kwargs: dict, output) -> None:
-    cache = _our_cache(args, kwargs)
-    if cache is not None and cache.previous_implementations:
-        config, implementation = cache.previous_implementations.pop()
-        config._attn_implementation_internal = implementation
+    if _our_cache(args, kwargs) is None:
+        return
+    config = module.config.get_text_config(decoder=True)
+    with _lock:
+        switch = _switches.get(id(config))
+        if switch is not None:
+            switch.running.discard((threading.get_ident(), id(module)))
+            if not switch.running:
+                config._attn_implementation_internal = switch.original
+                del _switches[id(config)]
 
 
 def register_attention() -> None:
@@ -242,11 +313,16 @@ def register_attention() -> None:
     AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
 
 
+def is_attached(model: PreTrainedModel) -> bool:
+    return model in _hooked
+
+
 def attach(model: PreTrainedModel) -> bool:
     """Lets `model` attend inside our caches whenever one of them is passed to its forward.
 
     The attention implementation is switched for the span of a forward call with one of our caches and put back after
-    it, also when the call raises; at all other times the model is as it was.
+    it, also when the call raises; after a keyboard interrupt, by the next call or by `detach_all`. At all other times the
+    model is as it was.
 
     Returns:
         `bool`: whether the model routes attention through transformers' interface. If not (Falcon), the caches hand
@@ -272,5 +348,9 @@ def detach_all() -> None:
         for handle in handles:
             handle.remove()
     _hooked.clear()
+    with _lock:
+        for switch in _switches.values():
+            switch.config._attn_implementation_internal = switch.original
+        _switches.clear()
     AttentionInterface._global_mapping.pop(ATTENTION_NAME, None)
     AttentionMaskInterface._global_mapping.pop(ATTENTION_NAME, None)

@@ -11,6 +11,7 @@ Plugs in: `generate(past_key_values=...)`, or by name after `hf_ext.register()`.
 from __future__ import annotations
 
 import copy
+import weakref
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,7 @@ from transformers.cache_utils import (
     get_layer_types_and_kwargs,
 )
 
-from hf_ext.cache_impls.attention import ATTENTION_NAME, KVBlock, attach
+from hf_ext.cache_impls.attention import ATTENTION_NAME, KVBlock, KVStep, attach, is_attached
 from hf_ext.errors import CacheStateError, UnsupportedModelError
 
 
@@ -162,15 +163,22 @@ class KVLayer(CacheLayerMixin):
         self.seen += key_states.shape[2]
         if not first:
             self.append(key_states, value_states)
+        step = KVStep(self, key_states, value_states, first)
         if self.model_config._attn_implementation == ATTENTION_NAME:
-            block = KVBlock(self, key_states, value_states, first)
-            return block, block
+            return KVBlock(step, 0), KVBlock(step, 1)
+        return step.expand()
+
+    def tensor_states(self, key: Tensor, value: Tensor, first: bool) -> tuple[Tensor, Tensor]:
+        """Keys and values of every token seen, `(B, K, N, D)`, for attention that runs elsewhere."""
         if first:
-            self.absorb_prompt(key_states, value_states, None)
-            return self.materialize() if self.stores_before_prompt else (key_states, value_states)
+            self.absorb_prompt(key, value, None)
+            return self.materialize() if self.stores_before_prompt else (key, value)
         states = self.materialize()
         self.settle(None)
         return states
+
+    def observe(self, context: dict[str, Any]) -> None:
+        """Runs before the attention of every later block, for layers that must know what the mask hides."""
 
     @abstractmethod
     def absorb_prompt(self, key: Tensor, value: Tensor, context: dict[str, Any] | None) -> None:
@@ -276,7 +284,7 @@ class KVLayer(CacheLayerMixin):
             buffer.reorder(index)
 
     def offload(self) -> None:
-        raise UnsupportedModelError(
+        raise CacheStateError(
             "caches of hf_ext do not move whole layers between devices; use them without offloading."
         )
 
@@ -286,9 +294,9 @@ class KVCache(Cache):
 
     Args:
         model (`PreTrainedModel` or `PreTrainedConfig`):
-            The model the cache is for, or its config. Given the model, or after `hf_ext.register()`, attention runs
-            inside the cache; with only a config and no registration the cache hands ordinary tensors to the model's
-            own attention: the same result, without the speed.
+            The model the cache is for, or its config. Given the model, or in `generate` after `hf_ext.register()`,
+            attention runs inside the cache; otherwise the cache hands ordinary tensors to the model's own attention,
+            which is slower.
 
     Raises:
         `UnsupportedModelError`: an encoder-decoder model, or one whose layers share keys and values.
@@ -316,10 +324,9 @@ class KVCache(Cache):
             else:
                 layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**kwargs))
         super().__init__(layers=layers)
-        # Filled and emptied by the hooks of `attention.attach`, around each forward call.
-        self.previous_implementations: list[tuple[PreTrainedConfig, str]] = []
+        self._model: weakref.ref[PreTrainedModel] | None = None
         if isinstance(model, nn.Module):
-            attach(model)
+            self.attach(model)
 
     def prepare(self, decoder: PreTrainedConfig, layers: int) -> None:
         """Runs before the layers are made; `layers` counts the full-attention ones."""
@@ -352,10 +359,23 @@ class KVCache(Cache):
 
     def attach(self, model: PreTrainedModel) -> bool:
         """Lets `model` attend inside this cache; see `attention.attach`."""
+        self._model = weakref.ref(model)
         return attach(model)
 
-    def check_batch(self, batch_size: int) -> None:
-        """Raises `CacheStateError` if the cache was filled with another batch size."""
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Any, Any]:
+        """See `KVLayer.update`. Where `hf_ext.unregister()` took the model's hooks off, they are put back for later steps."""
+        model = None if layer_idx or self._model is None else self._model()
+        if model is not None and not is_attached(model):
+            attach(model)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def expect_prompt(self, length: int) -> None:
+        """Says that a prompt of `length` tokens will come in chunks; nothing to do unless a cache plans by its length."""
+
+    def check_ready(self, batch_size: int) -> None:
+        """Raises `CacheStateError` if the cache holds another batch size, or a forward call that failed half way."""
+        if len({layer.seen for layer in self.kv_layers}) > 1:
+            raise CacheStateError("an earlier forward call failed half way through this cache; call reset() on it.")
         filled = self.batch_size
         if filled not in (-1, batch_size):
             raise CacheStateError(_batch_message(filled, batch_size))

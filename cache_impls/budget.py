@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from hf_ext.cache_impls import subspace
@@ -37,7 +36,7 @@ class Prompt:
     Args:
         key (`Tensor`), value (`Tensor`): `(B, K, N, D)`, as the model made them.
         queries (`Tensor`, *optional*): `(B, H, N, D)`, of all tokens, where they are known.
-        pads (`Tensor`, *optional*): `(B,)`, leading padding tokens of each row.
+        hidden (`Tensor`, *optional*): boolean `(B, N)`, padding.
         scaling (`float`): of the logits.
         low_key (`Tensor`): `(B, K, N, D)`, the keys in the space they are compressed in.
         bases (`list[Tensor]`): full eigenvector matrices of keys and values, `(B, K, D, D)`.
@@ -47,7 +46,7 @@ class Prompt:
     key: Tensor
     value: Tensor
     queries: Tensor | None
-    pads: Tensor | None
+    hidden: Tensor | None
     scaling: float
     low_key: Tensor
     bases: list[Tensor] = field(default_factory=list)
@@ -55,9 +54,7 @@ class Prompt:
 
     @property
     def valid(self) -> Tensor | None:
-        if self.pads is None:
-            return None
-        return torch.arange(self.key.shape[2], device=self.key.device) >= self.pads[:, None]
+        return None if self.hidden is None else ~self.hidden
 
 
 class RankBudget:
@@ -71,12 +68,14 @@ class RankBudget:
     def __init__(self, config: OjaKVConfig, layers: int):
         self.config, self.layers = config, layers
         self.waiting: list[tuple[OjaKVLayer, Prompt]] = []
+        # Length of the whole prompt, where it is known to come in chunks: ranks are made for that length.
+        self.expected = 0
 
     def anchors(self, length: int, full: int, share: float | None) -> int:
         """Anchors among `length` tokens of which `full` are kept anyway, when they may take `share` of their bytes."""
         ratio = self.config.anchor_ratio
         if ratio is None and share is not None:
-            return max(0, int(ANCHOR_SHARE * (share * length - full)))
+            return min(max(0, int(ANCHOR_SHARE * (share * length - full))), length - full)
         return int((UNBUDGETED_ANCHORS if ratio is None else ratio) * (length - full))
 
     def share(self, prompt: Prompt) -> float | None:
@@ -87,12 +86,13 @@ class RankBudget:
         """Whether there is a token to compress at all."""
         return self.config.ratio != 1 and length > self.config.sink_tokens + recent
 
-    def ranks(self, prompt: Prompt, recent: int) -> tuple[int, int] | None:
+    def ranks(self, prompt: Prompt, recent: int, must_fit: bool = False) -> tuple[int, int] | None:
         """Ranks of one layer's keys and values, or `None` where compression would not save bytes.
 
         Args:
             prompt (`Prompt`): its shapes and spectra are read.
             recent (`int`): newest tokens kept at full rank.
+            must_fit (`bool`, defaults to `False`): raise `ConfigError` where `max_bytes` is too small for the prompt.
         """
         config, (key_dim, value_dim) = self.config, (prompt.key.shape[-1], prompt.value.shape[-1])
         dense, fixed, costs = self.layer_bytes(prompt, recent)
@@ -102,6 +102,8 @@ class RankBudget:
             ranks = [max(1, round(config.key_ratio * key_dim)), max(1, round(config.value_ratio * value_dim))]
         else:
             share = self.share(prompt) or 0.0
+            if share >= 1:
+                return None
             left = share * dense - fixed
             if config.allocation == "equal":
                 rank = max(int(left / sum(costs)), 0)
@@ -109,6 +111,8 @@ class RankBudget:
                 ranks = [min(rank, key_dim), min(rank + extra, value_dim)]
             else:
                 ranks = subspace.water_fill([s.mean((0, 1)) for s in prompt.spectra], costs, left)
+            if config.ratio is None and min(ranks) < 1 and not must_fit:
+                return None
             ranks = self.at_least(ranks, share, key_dim, value_dim, prompt.key.shape[2])
         if fixed + sum(rank * cost for rank, cost in zip(ranks, costs)) >= dense:
             return None
@@ -137,11 +141,12 @@ class RankBudget:
 
     def layer_bytes(self, prompt: Prompt, recent: int) -> tuple[int, int, list[float]]:
         """Per batch row and head: bytes of the dense cache, of all full-rank tokens, and of one rank of each stream."""
-        length, size = prompt.key.shape[2], prompt.key.element_size()
+        length, size = max(prompt.key.shape[2], self.expected), prompt.key.element_size()
+        marks = 0 if prompt.hidden is None else length + 8 * 3
         dims = prompt.key.shape[-1], prompt.value.shape[-1]
         sinks = self.config.sink_tokens
         anchors = self.anchors(length, sinks + recent, self.share(prompt))
-        fixed = padded_rows(sinks + anchors + recent) * sum(dims) * size + anchors * 4
+        fixed = padded_rows(sinks + anchors + recent) * sum(dims) * size + anchors * 4 + marks
         low = padded_rows(length - sinks - anchors - recent)
         return length * sum(dims) * size, fixed, [float((low + dim) * size + 4) for dim in dims]
 
@@ -156,11 +161,18 @@ class RankBudget:
             return
         waiting, self.waiting = self.waiting, []
         streams, costs, left = [], [], 0.0
+        dense_bytes = fixed_bytes = 0
         for owner, held in waiting:
             dense, fixed, cost = self.layer_bytes(held, owner.recent_target)
+            dense_bytes, fixed_bytes = dense_bytes + dense, fixed_bytes + fixed
             left += (self.share(held) or 0.0) * dense - fixed
             streams += [s.mean((0, 1)) for s in held.spectra]
             costs += cost
         ranks = subspace.water_fill(streams, costs, left)
+        spent = sum(rank * cost for rank, cost in zip(ranks, costs))
+        if spent + fixed_bytes >= dense_bytes:
+            for owner, held in waiting:
+                owner.store_full(held.key, held.value)
+            return
         for index, (owner, held) in enumerate(waiting):
             owner.compress(held, (ranks[2 * index], ranks[2 * index + 1]))

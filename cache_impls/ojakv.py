@@ -29,7 +29,7 @@ from hf_ext.cache_impls.calibration import Calibration
 from hf_ext.cache_impls.ojakv_layer import OjaKVLayer
 from hf_ext.cache_impls.rope import UNROTATED_MODELS, Rope
 from hf_ext.config import MethodConfig
-from hf_ext.errors import UnsupportedModelError
+from hf_ext.errors import ConfigError, UnsupportedModelError
 
 
 @dataclass
@@ -44,7 +44,8 @@ class OjaKVConfig(MethodConfig):
             else sets the size. 1 stores everything exactly. Short prompts, where sinks, newest tokens and bases fill
             the budget, keep at least half of the rank a long one would get and exceed it.
         max_bytes (`int`, *optional*):
-            The same as a number of bytes, over all layers and the batch. Generated tokens come on top.
+            The same as a number of bytes, over all layers and the batch. Generated tokens come on top. In a padded batch
+            both budgets count padding as tokens, as the dense cache does.
         energy (`float`, *optional*):
             Smallest ranks that keep this share of the energy in every head of a layer, in (0, 1].
         key_ratio (`float`, *optional*):
@@ -161,7 +162,7 @@ class OjaKVCache(KVCache):
         model (`PreTrainedModel` or `PreTrainedConfig`):
             See `KVCache`. Where attention does not run inside the cache, it sees neither queries nor padding: anchors
             are chosen by residual alone and padding counts as tokens, so give it the model or register.
-        config (`OjaKVConfig`, *optional*): settings; the defaults otherwise.
+        config (`OjaKVConfig` or `dict`, *optional*): settings; the defaults otherwise.
 
     Raises:
         `UnsupportedModelError`: an encoder-decoder or ALiBi model, a model with no full-attention layer, or one whose
@@ -177,8 +178,8 @@ class OjaKVCache(KVCache):
         ```
     """
 
-    def __init__(self, model: PreTrainedModel | PreTrainedConfig, config: OjaKVConfig | None = None):
-        self.config = OjaKVConfig() if config is None else config
+    def __init__(self, model: PreTrainedModel | PreTrainedConfig, config: OjaKVConfig | dict[str, Any] | None = None):
+        self.config = self.read_config(config)
         self.budget = RankBudget(self.config, layers=0)
         self._rope: Rope | None = None
         self._calibration: Calibration | None = None
@@ -214,4 +215,19 @@ class OjaKVCache(KVCache):
     @classmethod
     def from_generate(cls, model: PreTrainedModel, cache_config: dict[str, Any] | None) -> OjaKVCache:
         """Builds the cache for `generate(cache_implementation="ojakv", cache_config=...)`; unknown keys are an error."""
-        return cls(model, OjaKVConfig.from_dict(cache_config or {}, strict=True))
+        return cls(model, cache_config)
+
+    @staticmethod
+    def read_config(config: OjaKVConfig | dict[str, Any] | None) -> OjaKVConfig:
+        """Settings as a config, from one, from a dict of its fields, or from nothing."""
+        if config is None or isinstance(config, dict):
+            return OjaKVConfig.from_dict(config or {}, strict=True)
+        if not isinstance(config, OjaKVConfig):
+            raise ConfigError(
+                f"OjaKVCache takes its settings as an OjaKVConfig or a dict of its fields, not {config!r}."
+            )
+        return config
+
+    def expect_prompt(self, length: int) -> None:
+        """Says that the prompt, of `length` tokens, comes in chunks; ranks are then made for the whole of it."""
+        self.budget.expected = length

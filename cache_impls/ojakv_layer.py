@@ -23,8 +23,8 @@ from hf_ext.cache_impls.rope import Rope
 from hf_ext.cache_impls.rows import (
     append_marks,
     leading_pads,
+    mark_rows,
     position_shift,
-    split_hidden,
     split_top,
     take,
     visible_rows,
@@ -74,7 +74,7 @@ class OjaKVLayer(KVLayer):
         self.sinks, self.anchors, self.tried, self.newest_block = 0, 0, 0, 0
         self.anchor_share: float | None = None  # what the budget made of the config, for tokens to come
         self.anchor_positions: Tensor | None = None  # (B, K, A), ascending
-        self.hidden_full: Tensor | None = None  # (B, rows), padding among the first full-rank rows
+        self.hidden_full: Tensor | None = None  # (B, 1 or K, rows), padding among the first full-rank rows
         self.pads: Tensor | None = None  # (B,), leading padding of each row
         self.sink_start: Tensor | None = None  # (B, 1), place of the first sink where rows are padded
         self.shift: Tensor | None = None  # (B,), place in the text minus position id
@@ -96,7 +96,7 @@ class OjaKVLayer(KVLayer):
         self.pads = leading_pads(None if context is None else context["mask"], key.shape[2])
         self.shift = position_shift(context, key.shape[2])
         if not self._try_compress(key, value, context, first=True):
-            self._store_full(key, value, self.pads)
+            self.store_full(key, value)
 
     def append(self, key: Tensor, value: Tensor) -> None:
         self.newest_block = key.shape[2]
@@ -110,10 +110,28 @@ class OjaKVLayer(KVLayer):
         self.newest_block = 0
         self._compress_overflow(None)
 
-    def _store_full(self, key: Tensor, value: Tensor, pads: Tensor | None) -> None:
+    def observe(self, context: dict[str, Any]) -> None:
+        """Marks new tokens the mask hides: padding goes on where a row has not begun, or stands between two turns."""
+        if not self.segments:
+            self.shift = position_shift(context, self.seen)
+        mask, new = context["mask"], context["query"].shape[2]
+        if mask is None:
+            return
+        shown = mask[:, 0, -1, self.seen - new : self.seen]
+        hidden = ~shown if shown.dtype == torch.bool else shown < 0
+        if not bool(hidden.any()):
+            return
+        pads = hidden.new_zeros(hidden.shape[0], dtype=torch.long) if self.pads is None else self.pads
+        self.pads = pads + (pads == self.seen - new) * hidden.long().cumprod(-1).sum(-1)
+        heads = 1 if self.hidden_full is None else self.hidden_full.shape[1]
+        before = self.full[0].length - new
+        self.hidden_full = append_marks(self.hidden_full, before, hidden[:, None].expand(-1, heads, -1))
+
+    def store_full(self, key: Tensor, value: Tensor) -> None:
+        """Keeps all tokens as they are, until compressing them is worth it."""
         self.full = [RowBuffer(key), RowBuffer(value)]
-        if pads is not None:
-            self.hidden_full = torch.arange(key.shape[2], device=key.device) < pads[:, None]
+        if self.pads is not None:
+            self.hidden_full = (torch.arange(key.shape[2], device=key.device) < self.pads[:, None])[:, None]
 
     def _try_compress(self, key: Tensor, value: Tensor, context: dict[str, Any] | None, first: bool = False) -> bool:
         """Compresses everything but the newest tokens if that saves bytes; says whether it did, or will."""
@@ -121,11 +139,16 @@ class OjaKVLayer(KVLayer):
         length, self.tried = key.shape[2], key.shape[2]
         if not self.budget.worth_trying(length, self.recent_target):
             return False
+        if self.pads is not None and bool((self.pads >= length).any()):
+            return False  # a row that has not begun has no sinks yet
+        places = torch.arange(length, device=key.device).expand(key.shape[0], -1)
+        hidden = None if self.pads is None else places < self.pads[:, None]
+        if self.hidden_full is not None:
+            hidden = mark_rows(self.hidden_full, length)[:, 0]
         queries = None if context is None else context["query"]
         scaling = key.shape[-1] ** -0.5 if context is None else context["scaling"]
-        low_key = self._unrotated(key, torch.arange(length, device=key.device).expand(key.shape[0], -1))
-        prompt = Prompt(key, value, queries, self.pads, scaling, low_key)
-        for stream, tokens in enumerate((low_key, value)):
+        prompt = Prompt(key, value, queries, hidden, scaling, self._unrotated(key, places))
+        for stream, tokens in enumerate((prompt.low_key, value)):
             if self.start is not None and self.config.update_rule != "exact":
                 basis = self.start[stream].to(key.device).expand(key.shape[0], -1, -1, -1)
                 spectrum = (basis.mT @ subspace.covariance(tokens, prompt.valid) @ basis).diagonal(dim1=-2, dim2=-1)
@@ -136,7 +159,7 @@ class OjaKVLayer(KVLayer):
         if first and self.config.allocation == "global":
             self.budget.submit(self, prompt)
             return True
-        ranks = self.budget.ranks(prompt, self.recent_target)
+        ranks = self.budget.ranks(prompt, self.recent_target, must_fit=first)
         if ranks is not None:
             self.compress(prompt, ranks)
         return ranks is not None
@@ -148,7 +171,7 @@ class OjaKVLayer(KVLayer):
             prompt (`Prompt`): all tokens of the layer so far.
             ranks (`tuple[int, int]`): of keys and values.
         """
-        config, key, value, pads = self.config, prompt.key, prompt.value, prompt.pads
+        config, key, value, pads = self.config, prompt.key, prompt.value, self.pads
         bases = [basis[..., :rank] for basis, rank in zip(prompt.bases, ranks)]
         bases = [self._prompt_step(basis, tokens, prompt) for basis, tokens in zip(bases, (prompt.low_key, value))]
         bases = [basis.to(key.dtype).contiguous() for basis in bases]
@@ -163,12 +186,11 @@ class OjaKVLayer(KVLayer):
         else:
             sink_places, middle_places = places[:, :sinks], places[:, sinks : sinks + middle]
         recent_places = places[:, sinks + middle :]
-        hidden = None if pads is None else middle_places < pads[:, None]
-
         every = middle_places[:, None].expand(-1, key.shape[1], -1)
         scores = self.anchor_scores(prompt, bases).gather(2, every)
+        hidden = None if prompt.hidden is None else prompt.hidden[:, None].expand(-1, key.shape[1], -1)
         if hidden is not None:
-            scores = scores.masked_fill(hidden[:, None], -torch.inf)
+            scores = scores.masked_fill(hidden.gather(2, every), -torch.inf)
         self.anchor_share = self.budget.share(prompt)
         count = self.budget.anchors(length, length - middle, self.anchor_share)
         anchor_slots, low_slots = split_top(scores, count)
@@ -183,10 +205,11 @@ class OjaKVLayer(KVLayer):
             for x, basis in zip((prompt.low_key, value), bases)
         ]
         low_hidden = self.hidden_full = None
-        if hidden is not None and pads is not None:
-            anchor_hidden, low_hidden = split_hidden(hidden, count)
-            parts = [sink_places < pads[:, None], anchor_hidden, recent_places < pads[:, None]]
-            self.hidden_full = torch.cat(parts, dim=1)
+        if hidden is not None:
+            low_hidden = hidden.gather(2, low_places)
+            full_places = [x[:, None].expand(-1, key.shape[1], -1) for x in (sink_places, recent_places)]
+            full_places = torch.cat([full_places[0], anchor_places, full_places[1]], dim=2)
+            self.hidden_full = hidden.gather(2, full_places)
         self.segments = [LowRankSegment(bases[0], bases[1], rows[0], rows[1], low_hidden)]
         if config.update_rule == "exact":
             self.spectra = [s[..., :rank].clone() for s, rank in zip(prompt.spectra, ranks)]
@@ -196,7 +219,7 @@ class OjaKVLayer(KVLayer):
         config = self.config
         if config.update_rule in ("exact", "none") or config.prompt_learning_rate == 0:
             return basis
-        matrix = subspace.pooled_covariance(tokens, config.pool_window, prompt.pads)
+        matrix = subspace.pooled_covariance(tokens, config.pool_window, self.pads)
         step, rate = subspace.STEPS[config.update_rule], config.prompt_learning_rate
         return step(basis, matrix, rate, config.normalize == "lambda")
 
@@ -232,40 +255,43 @@ class OjaKVLayer(KVLayer):
         if count < interval:
             return
         first = self.sinks + self.anchors
-        key, value = (buffer.rows[:, :, first : first + count] for buffer in self.full)
-        places = self.seen - self.recent + torch.arange(count, device=key.device).expand(key.shape[0], -1)
-        low_key = self._unrotated(key, places)
+        tail = [buffer.rows[:, :, first:] for buffer in self.full]
+        places = self.seen - self.recent + torch.arange(self.recent, device=tail[0].device)
+        low_tail = self._unrotated(tail[0], places.expand(tail[0].shape[0], -1))
+        key, value, low_key = (rows[:, :, :count] for rows in (*tail, low_tail))
+        places = places[:count].expand(*key.shape[:2], -1)
         self.hidden_full = append_marks(self.hidden_full, self.full[0].length, None)
-        hidden = None if self.hidden_full is None else self.hidden_full[:, first : first + count]
-        if hidden is not None and not hidden.any():
-            hidden = None
-        self._update_bases([low_key, value], None if hidden is None else ~hidden)
+        hidden_tail = None if self.hidden_full is None else self.hidden_full[:, 0, first:]
+        hidden = None if self.hidden_full is None else self.hidden_full[:, :, first : first + count]
+        self._update_bases([low_key, value], None if hidden is None else ~hidden[:, 0])
 
         segment = self.segments[-1]
         promoted = self.budget.anchors(count, 0, self.anchor_share)
-        scores = self.anchor_scores(
-            Prompt(key, value, None, None, 1.0, low_key), [segment.key_basis, segment.value_basis]
-        )
-        anchor_hidden = low_hidden = None
+        queries = None if context is None or context["query"].shape[2] == 1 else context["query"]
+        scaling = 1.0 if context is None else context["scaling"]
+        newest = Prompt(tail[0], tail[1], queries, hidden_tail, scaling, low_tail)
+        scores = self.anchor_scores(newest, [segment.key_basis, segment.value_basis])[..., :count]
         if hidden is not None:
-            scores = scores.masked_fill(hidden[:, None], -torch.inf)
-            anchor_hidden, low_hidden = split_hidden(hidden, promoted)
+            scores = scores.masked_fill(hidden, -torch.inf)
         anchor_slots, low_slots = split_top(scores, promoted)
-        if segment.hidden is not None or low_hidden is not None:
-            segment.hidden = append_marks(segment.hidden, segment.key.length, low_hidden)
+        if segment.hidden is not None or hidden is not None:
+            marks = None if hidden is None else hidden.gather(2, low_slots)
+            segment.hidden = append_marks(segment.hidden, segment.key.length, marks)
         segment.key.append(take((low_key.float() @ segment.key_basis.float()).to(key.dtype), low_slots))
         segment.value.append(take((value.float() @ segment.value_basis.float()).to(key.dtype), low_slots))
-        new_places = places[:, None].expand(-1, key.shape[1], -1).gather(2, anchor_slots).to(torch.int32)
+        new_places = places.gather(2, anchor_slots).to(torch.int32)
         if self.anchor_positions is not None:
             self.anchor_positions = torch.cat([self.anchor_positions, new_places], dim=-1)
         for buffer, tokens in zip(self.full, (key, value)):
             buffer.data[:, :, first : first + promoted] = take(tokens, anchor_slots)
             buffer.remove(first + promoted, count - promoted)
-        if self.hidden_full is not None:
-            marks = self.hidden_full.new_zeros(key.shape[0], promoted) if anchor_hidden is None else anchor_hidden
-            self.hidden_full = torch.cat(
-                [self.hidden_full[:, :first], marks, self.hidden_full[:, first + count :]], dim=1
-            )
+        if self.hidden_full is not None and hidden is not None:
+            marks = [
+                self.hidden_full[:, :, :first],
+                hidden.gather(2, anchor_slots),
+                self.hidden_full[:, :, first + count :],
+            ]
+            self.hidden_full = torch.cat(marks, dim=2)
         self.anchors += promoted
 
     def _update_bases(self, streams: list[Tensor], valid: Tensor | None) -> None:

@@ -1,7 +1,7 @@
 """`PackedCache`: an exact, uncompressed cache in preallocated storage, with grouped queries packed into rows.
 
 Not from a paper; the floor the compressed caches stand on. The library's `DynamicCache` copies every key and value at
-every step and attends to them one query head at a time. This one appends in place, grows by about 3 % when full, and
+every step and attends to them one query head at a time. This one appends in place, grows by about 2 % when full, and
 reads each stored key once for all query heads of its group.
 
 Shapes: B batch, H query heads, K key/value heads, Q new tokens, N stored tokens, D head dim.

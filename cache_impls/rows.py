@@ -26,23 +26,6 @@ def split_top(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return order[..., :count].sort(dim=-1).values, order[..., count:].sort(dim=-1).values
 
 
-def split_hidden(hidden: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Marks of the two halves `split_top` makes of slots that start with padding.
-
-    Padding scores lowest, so it is among the best `count` only where a row has fewer real slots than that.
-
-    Args:
-        hidden (`Tensor`): boolean `(B, M)`, `True` for the leading padding of each row.
-
-    Returns:
-        `tuple[Tensor, Tensor]`: boolean `(B, count)` and `(B, M - count)`.
-    """
-    slots = torch.arange(hidden.shape[1], device=hidden.device)
-    padded = hidden.sum(-1, keepdim=True)
-    spilled = (count - (hidden.shape[1] - padded)).clamp(min=0)
-    return slots[:count] < spilled, slots[: hidden.shape[1] - count] < padded - spilled
-
-
 def leading_pads(mask: Tensor | None, length: int) -> Tensor | None:
     """Padding tokens before each row, `(B,)`, from the mask of an attention call; `None` where there are none.
 
@@ -78,22 +61,22 @@ def take(tokens: Tensor, places: Tensor) -> Tensor:
 
 
 def mark_rows(hidden: Tensor, length: int) -> Tensor:
-    """Padding marks `(B, length)` from those of the first rows `(B, n)`; rows beyond `n` are not padding."""
-    marks = hidden.new_zeros(hidden.shape[0], length)
-    marks[:, : min(hidden.shape[1], length)] = hidden[:, :length]
+    """Padding marks `(B, K, length)` from those of the first rows `(B, K, n)`; rows beyond `n` are not padding."""
+    marks = hidden.new_zeros(*hidden.shape[:2], length)
+    marks[..., : min(hidden.shape[2], length)] = hidden[..., :length]
     return marks
 
 
 def visible_rows(hidden: Tensor | None, length: int) -> Tensor | None:
-    """Boolean `(B, 1, 1, 1, length)` for an attention mask, from the padding `(B, n)` of the first rows."""
-    return None if hidden is None else ~mark_rows(hidden, length)[:, None, None, None]
+    """Boolean `(B, K, 1, 1, length)` for an attention mask, from the padding `(B, K, n)` of the first rows."""
+    return None if hidden is None else ~mark_rows(hidden, length)[:, :, None, None]
 
 
 def append_marks(hidden: Tensor | None, length: int, more: Tensor | None) -> Tensor | None:
     """Padding marks of `length` rows, of which the first are given, and of the rows `more` behind them."""
     if more is None:
         return None if hidden is None else mark_rows(hidden, length)
-    return torch.cat([mark_rows(more[:, :0] if hidden is None else hidden, length), more], dim=1)
+    return torch.cat([mark_rows(more[..., :0] if hidden is None else hidden, length), more], dim=2)
 
 
 def position_shift(context: dict[str, Any] | None, length: int) -> Tensor | None:

@@ -164,11 +164,13 @@ def _with_our_caches(original: Callable) -> Callable:
 
         name, given = generation_config.cache_implementation, model_kwargs.get("past_key_values")
         if isinstance(given, KVCache):
-            given.check_batch(max(generation_config.num_beams, generation_config.num_return_sequences) * batch_size)
+            _expect_chunks(given, generation_config, model_kwargs)
+            given.check_ready(max(generation_config.num_beams, generation_config.num_return_sequences) * batch_size)
             given.attach(self)
         if name not in CACHES or given is not None or generation_config.use_cache is False:
             return original(self, generation_config, model_kwargs, generation_mode, batch_size, *args, **kwargs)
         cache = build_cache(name, self, generation_config.cache_config)
+        _expect_chunks(cache, generation_config, model_kwargs)
         # `generation_config` is this call's own copy. An assistant copies it again and passes its own cache, which
         # transformers refuses next to a name.
         generation_config.cache_implementation = generation_config.cache_config = None
@@ -177,6 +179,15 @@ def _with_our_caches(original: Callable) -> Callable:
         model_kwargs["past_key_values"] = cache
 
     return prepare
+
+
+def _expect_chunks(cache: Any, generation_config: Any, model_kwargs: dict[str, Any]) -> None:
+    """Tells the cache how long a prompt is that will come in chunks."""
+    if generation_config.prefill_chunk_size is None:
+        return
+    mask = model_kwargs.get("attention_mask")
+    length = getattr(generation_config, "_mask_length", 0) if mask is None else mask.shape[1]
+    cache.expect_prompt(length)
 
 
 def _without_our_names(original: Callable) -> Callable:

@@ -89,7 +89,11 @@ METHODS = build_table(
         bench="hf_ext.benches.ojakv",
     ),
     MethodCard(
-        "sentencekv", "Sentence-level semantic KV cache", "2504.00970", "cache_impls", "generate(past_key_values=...)"
+        "sentencekv",
+        "Sentence-level semantic KV cache",
+        "2504.00970",
+        "cache_impls",
+        'generate(cache_implementation="sentencekv")',
     ),
     MethodCard("sgc", "Sparse gradient compression of optimizer state", "2502.00311", "trainers", "Trainer optimizer"),
     MethodCard("ofmu", "Bi-level, penalty-based unlearning", "2509.22483", "trainers", "Trainer.compute_loss"),

@@ -217,7 +217,7 @@ def test_padding_behind_the_text_is_refused():
 
 def test_moving_layers_off_the_device_is_refused():
     layer = small_cache(tiny_model("llama"), ratio=0.6).layers[0]
-    with pytest.raises(UnsupportedModelError, match="without offloading"):
+    with pytest.raises(CacheStateError, match="without offloading"):
         layer.offload()
 
 

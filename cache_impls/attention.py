@@ -136,14 +136,16 @@ def segment_attention(segments: list[Segment], groups: int, softcap: float | Non
     for part in segments:
         bounds.append(bounds[-1] + part.keys.shape[2])
     logits = segments[0].query.new_empty(batch * kv_heads, rows, bounds[-1])
+    # Not -inf: a padded query sees nothing at all, and what it outputs must stay finite.
+    lowest = torch.finfo(logits.dtype).min
     grid = logits.view(batch, kv_heads, groups, rows // groups, bounds[-1])
     for part, start, end in zip(segments, bounds, bounds[1:]):
         torch.bmm(part.query.flatten(0, 1), part.keys.flatten(0, 1).mT, out=logits[..., start:end])
         if softcap is not None:
             logits[..., start:end].div_(softcap).tanh_().mul_(softcap)
-        logits[..., start + part.length : end] = -torch.inf
+        logits[..., start + part.length : end] = lowest
         if part.visible is not None:
-            grid[..., start : start + part.length].masked_fill_(~part.visible, -torch.inf)
+            grid[..., start : start + part.length].masked_fill_(~part.visible, lowest)
     weights = torch.softmax(logits, dim=-1)
     output = torch.zeros((), dtype=logits.dtype, device=logits.device)
     for part, start, end in zip(segments, bounds, bounds[1:]):
@@ -151,7 +153,6 @@ def segment_attention(segments: list[Segment], groups: int, softcap: float | Non
         if part.expand is not None:
             share = torch.bmm(share, part.expand.flatten(0, 1).mT)
         output = share if output.dim() == 0 else output.add_(share)
-    # A row that may see nothing (a padded query) has only -inf scores; its weights are NaN and its output unused.
     return output.view(batch, kv_heads, rows, -1)
 
 

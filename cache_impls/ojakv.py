@@ -62,7 +62,8 @@ class OjaKVConfig(MethodConfig):
             Newest tokens kept at full rank.
         anchor_ratio (`float`, *optional*):
             Share of the tokens between them kept at full rank, per key/value head, in [0, 1). By default anchors get
-            seven tenths of the byte budget, and 0.05 of the tokens where ranks are set instead.
+            six to eight tenths of the byte budget, the more the smaller it is, and 0.05 of the tokens where ranks are
+            set instead.
         anchor_score (`str`, defaults to `"expected_error"`):
             What makes an anchor. `"expected_error"`: the attention a token may expect, from the last queries, from
             queries all over the prompt, and a small equal share for questions still to come, times the residuals of

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 import hf_ext
-from hf_ext import ConfigError, OjaKVCache, OjaKVConfig, PackedCache, UnsupportedModelError
+from hf_ext import CacheStateError, ConfigError, OjaKVCache, OjaKVConfig, PackedCache, UnsupportedModelError
 from hf_ext.cache_impls.calibration import Calibration
 from hf_ext.tiny import tiny_model
 from tests.cache_impls.helpers import generate, prompts, small_cache

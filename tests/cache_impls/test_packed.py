@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import hf_ext
 from hf_ext import PackedCache
@@ -175,3 +175,83 @@ def test_gradients_flow_through_a_step_on_a_filled_cache():
         model(prompts(rows=1, pad=0)["input_ids"], past_key_values=cache)
     model(torch.tensor([[3, 4]]), past_key_values=cache).logits.sum().backward()
     assert model.model.layers[0].self_attn.q_proj.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["packed", "ojakv"])
+@pytest.mark.parametrize("chunk", [16, 33, 64])
+def test_padding_longer_than_a_chunk_is_never_attended_to(name, chunk, dtype):
+    model = tiny_model("llama").to(dtype)
+    inputs = prompts(rows=4, length=200, pad=0)
+    for row, pad in enumerate([0, 150, 60, 199]):
+        inputs["input_ids"][row, :pad], inputs["attention_mask"][row, :pad] = 0, 0
+    options = {
+        "prefill_chunk_size": chunk,
+        "max_new_tokens": 3,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
+    make = {"packed": PackedCache, "ojakv": lambda m: hf_ext.OjaKVCache(m, {"ratio": 1.0})}[name]
+    expected, found = (torch.stack(generate(model, c, inputs, **options).logits) for c in (None, make(model)))
+    tolerance = 1e-4 if dtype == torch.float32 else 0.1 * float(expected.std())
+    torch.testing.assert_close(found[0], expected[0], atol=tolerance, rtol=0)
+
+
+def test_padding_between_two_turns_is_not_attended_to():
+    model, found = tiny_model("llama"), []
+    for cache in (DynamicCache(config=model.config), PackedCache(model), hf_ext.OjaKVCache(model, {"ratio": 1.0})):
+        inputs = prompts(rows=2, pad=5)
+        turn = generate(model, cache, inputs)
+        more = prompts(rows=2, length=30, pad=11, seed=1)
+        longer = torch.cat([turn, more["input_ids"]], dim=1)
+        shown = torch.ones(2, turn.shape[1] - 40, dtype=torch.long)
+        mask = torch.cat([inputs["attention_mask"], shown, more["attention_mask"]], dim=1)
+        found.append(generate(model, cache, {"input_ids": longer, "attention_mask": mask}).tolist())
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize("make", [PackedCache, hf_ext.OjaKVCache])
+def test_a_model_that_works_on_its_keys_after_update_gets_tensors(make):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 2, "vocab_size": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+    latent = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    experts = {
+        "first_k_dense_replace": 2,
+        "n_routed_experts": 2,
+        "num_experts_per_tok": 1,
+        "n_group": 1,
+        "topk_group": 1,
+    }
+    config = AutoConfig.for_model("deepseek_v3", **sizes, **latent, **experts)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    expected = generate(model, None, prompts())
+    cache = make(model) if make is PackedCache else make(model, {"ratio": 1.0})
+    assert generate(model, cache, prompts()).tolist() == expected.tolist()
+
+
+def test_an_interrupted_forward_leaves_the_model_usable(monkeypatch):
+    model = tiny_model("llama")
+    cache = PackedCache(model)
+    layer = model.model.layers[1]
+    with monkeypatch.context() as patch:
+        patch.setattr(layer.mlp, "forward", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            model(torch.tensor([[5, 6]]), past_key_values=cache)
+    expected = generate(model, None, prompts())
+    assert generate(model, PackedCache(model), prompts()).tolist() == expected.tolist()
+    assert model.config._attn_implementation == "sdpa"
+
+
+@torch.no_grad()
+def test_a_live_cache_attends_in_its_storage_again_after_unregister(monkeypatch):
+    model = tiny_model("llama")
+    cache = PackedCache(model)
+    turn = generate(model, cache, prompts(rows=1, pad=0))
+    with hf_ext.registered():
+        pass
+    hf_ext.unregister()
+    model(turn[:, -1:], past_key_values=cache)
+    for layer in cache.layers:
+        monkeypatch.setattr(layer, "materialize", lambda: pytest.fail("tokens were handed out"))
+    model(turn[:, -1:], past_key_values=cache)

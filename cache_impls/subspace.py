@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 
+# Queries whose scores over the prompt are formed at a time.
+SCORED_QUERIES = 32
 # What `expected_attention` grants every token for a question no one has asked yet, in units of an even spread.
 PRIOR_ATTENTION = 4.0
 
@@ -176,17 +178,22 @@ def token_attention(
     Returns:
         `Tensor`: `(B, K, N)`, float32. The scores themselves are formed in the dtype given.
     """
-    batch, heads, window, dim = queries.shape
+    batch, heads, _, dim = queries.shape
     kv_heads, length = keys.shape[1], keys.shape[2]
-    rows = queries.reshape(batch, kv_heads, -1, dim) * scaling
-    logits = (rows @ keys.mT).view(batch, kv_heads, -1, window, length)
-    later = places[:, None] >= torch.arange(length, device=keys.device)
-    if valid is not None:
-        later = later & valid[:, None, None, None, :] & valid[:, places][:, None, None, :, None]
-    lowest = torch.finfo(logits.dtype).min
-    weights = torch.softmax(logits.masked_fill_(~later, lowest), dim=-1).masked_fill_(~later, 0)
-    seen = later.sum(-2).clamp_min(1) * (heads // kv_heads)
-    return weights.sum((2, 3), dtype=torch.float32) / (seen if valid is None else seen[:, :, 0])
+    total = torch.zeros(keys.shape[:3], device=keys.device)
+    count = torch.zeros(batch, 1, length, device=keys.device)
+    # In slices: the scores of all queries over a long prompt would outweigh its keys.
+    for part in torch.arange(len(places), device=keys.device).split(SCORED_QUERIES):
+        rows = queries[:, :, part].reshape(batch, kv_heads, -1, dim) * scaling
+        logits = (rows @ keys.mT).view(batch, kv_heads, -1, len(part), length)
+        later = (places[part, None] >= torch.arange(length, device=keys.device)).expand(batch, 1, 1, -1, -1)
+        if valid is not None:
+            later = later & valid[:, None, None, None, :] & valid[:, places[part]][:, None, None, :, None]
+        logits.masked_fill_(~later, torch.finfo(logits.dtype).min)
+        weights = torch.softmax(logits, dim=-1).masked_fill_(~later, 0)
+        total += weights.sum((2, 3), dtype=torch.float32)
+        count += later.sum(-2)[:, :, 0]
+    return total / (count.clamp_min(1) * (heads // kv_heads))
 
 
 def expected_attention(

@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_ext.errors import MissingPackageError
+from hf_ext.errors import ConfigError, MissingPackageError
 
 
 if TYPE_CHECKING:
@@ -126,12 +126,23 @@ def load_smollm2(dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, Pre
 def load_model(
     name: str | os.PathLike | None = None, dtype: torch.dtype | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model and its tokenizer: the embedded one for None, else a local folder or a Hub id."""
+    """A causal language model and its tokenizer: the embedded one for None, else a local folder or a Hub id.
+
+    Raises:
+        `ConfigError`: nothing can be loaded from `name`. `MissingPackageError`: the embedded model is not installed.
+    """
     import torch
 
     if name is None:
         return load_smollm2(dtype)
-    return _load_folder(os.fspath(name), dtype or torch.float32)
+    try:
+        return _load_folder(os.fspath(name), dtype or torch.float32)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"cannot load a causal language model from {os.fspath(name)!r}: {reason} Give a local folder of "
+            "save_pretrained or the id of a model on the Hub."
+        ) from error
 
 
 def _load_folder(name: str, dtype: torch.dtype, **kwargs) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

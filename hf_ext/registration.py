@@ -112,7 +112,7 @@ def check_hook_points() -> list[tuple[str, bool, str]]:
     """Whether the private parts of transformers we build on are as we know them.
 
     Returns:
-        `list[tuple[str, bool, str]]`: name, found as expected, detail.
+        `list[tuple[str, bool, str]]`: name, found as expected, what it is used for.
     """
     from transformers import AttentionInterface, AttentionMaskInterface, GenerationConfig, PreTrainedModel, cache_utils
     from transformers.generation import configuration_utils
@@ -122,33 +122,55 @@ def check_hook_points() -> list[tuple[str, bool, str]]:
         return list(inspect.signature(function).parameters) if function else []
 
     prepare = parameters(getattr(GenerationMixin, "_prepare_cache_for_generation", None))
-    names = getattr(configuration_utils, "ALL_CACHE_IMPLEMENTATIONS", None)
-    return [
-        (
-            "GenerationMixin._prepare_cache_for_generation",
-            prepare[1:3] == ["generation_config", "model_kwargs"],
-            str(prepare),
+    mappings = (AttentionInterface, AttentionMaskInterface)
+    points = {
+        "GenerationMixin._prepare_cache_for_generation": (
+            prepare[1:5] == ["generation_config", "model_kwargs", "generation_mode", "batch_size"],
+            "builds the cache a name stands for",
         ),
-        ("configuration_utils.ALL_CACHE_IMPLEMENTATIONS", isinstance(names, tuple), str(names)),
-        ("GenerationConfig.to_json_file", hasattr(GenerationConfig, "to_json_file"), ""),
-        (
-            "AttentionInterface._global_mapping",
-            isinstance(getattr(AttentionInterface, "_global_mapping", None), dict),
-            "",
+        "GenerationMixin._supports_default_dynamic_cache": (
+            hasattr(GenerationMixin, "_supports_default_dynamic_cache"),
+            "tells models without keys and values",
         ),
-        (
-            "AttentionMaskInterface._global_mapping",
-            isinstance(getattr(AttentionMaskInterface, "_global_mapping", None), dict),
-            "",
+        "configuration_utils.ALL_CACHE_IMPLEMENTATIONS": (
+            isinstance(getattr(configuration_utils, "ALL_CACHE_IMPLEMENTATIONS", None), tuple),
+            "the names generate accepts",
         ),
-        ("PreTrainedModel._can_set_attn_implementation", hasattr(PreTrainedModel, "_can_set_attn_implementation"), ""),
-        ("cache_utils.get_layer_types_and_kwargs", hasattr(cache_utils, "get_layer_types_and_kwargs"), ""),
-        (
-            "CacheLayerMixin.get_mask_sizes(query_length)",
+        "GenerationConfig.to_json_file": (
+            hasattr(GenerationConfig, "to_json_file"),
+            "keeps our names out of saved configs",
+        ),
+        "AttentionInterface, AttentionMaskInterface": (
+            all(isinstance(getattr(mapping, "_global_mapping", None), dict) for mapping in mappings),
+            "attention that runs inside a cache",
+        ),
+        "PreTrainedModel._can_set_attn_implementation": (
+            hasattr(PreTrainedModel, "_can_set_attn_implementation"),
+            "tells models with attention of their own",
+        ),
+        "PreTrainedConfig._attn_implementation_internal": (
+            _names_its_attention(),
+            "switches attention for one forward call",
+        ),
+        "cache_utils.get_layer_types_and_kwargs": (
+            hasattr(cache_utils, "get_layer_types_and_kwargs") and hasattr(cache_utils, "DYNAMIC_LAYER_TYPE_MAPPING"),
+            "the kinds of layers of a model",
+        ),
+        "CacheLayerMixin.get_mask_sizes": (
             parameters(cache_utils.CacheLayerMixin.get_mask_sizes) == ["self", "query_length"],
-            "",
+            "the cache layer contract",
         ),
-    ]
+    }
+    return [(name, found, use) for name, (found, use) in points.items()]
+
+
+def _names_its_attention() -> bool:
+    """Whether a config's attention implementation is read from the private attribute we switch."""
+    from transformers import PreTrainedConfig
+
+    config = PreTrainedConfig()
+    config._attn_implementation_internal = "eager"
+    return config._attn_implementation == "eager"
 
 
 def _replace(owner: Any, name: str, value: Any) -> None:

@@ -214,8 +214,8 @@ def kv_attention_forward(
     options = {"scaling": scaling, "dropout": dropout, "softcap": softcap, **kwargs}
     step = next((states.step for states in (key, value) if isinstance(states, KVBlock)), None)
     if step is None or step.tensors is not None or not (isinstance(key, KVBlock) and isinstance(value, KVBlock)):
-        tensors = [states.tensor if isinstance(states, KVBlock) else states for states in (key, value)]
-        return dense_attention(module, query, *tensors, attention_mask, **options)
+        key, value = (states.tensor if isinstance(states, KVBlock) else states for states in (key, value))
+        return dense_attention(module, query, key, value, attention_mask, **options)
     layer = step.layer
     scaling = scaling if scaling is not None else query.shape[-1] ** -0.5
     context = {"query": query, "mask": attention_mask, "scaling": scaling, "position_ids": kwargs.get("position_ids")}

@@ -207,9 +207,8 @@ class OjaKVLayer(KVLayer):
         low_hidden = self.hidden_full = None
         if hidden is not None:
             low_hidden = hidden.gather(2, low_places)
-            full_places = [x[:, None].expand(-1, key.shape[1], -1) for x in (sink_places, recent_places)]
-            full_places = torch.cat([full_places[0], anchor_places, full_places[1]], dim=2)
-            self.hidden_full = hidden.gather(2, full_places)
+            edges = [x[:, None].expand(-1, key.shape[1], -1) for x in (sink_places, recent_places)]
+            self.hidden_full = hidden.gather(2, torch.cat([edges[0], anchor_places, edges[1]], dim=2))
         self.segments = [LowRankSegment(bases[0], bases[1], rows[0], rows[1], low_hidden)]
         if config.update_rule == "exact":
             self.spectra = [s[..., :rank].clone() for s, rank in zip(prompt.spectra, ranks)]
@@ -260,9 +259,10 @@ class OjaKVLayer(KVLayer):
         low_tail = self._unrotated(tail[0], places.expand(tail[0].shape[0], -1))
         key, value, low_key = (rows[:, :, :count] for rows in (*tail, low_tail))
         places = places[:count].expand(*key.shape[:2], -1)
-        self.hidden_full = append_marks(self.hidden_full, self.full[0].length, None)
-        hidden_tail = None if self.hidden_full is None else self.hidden_full[:, 0, first:]
-        hidden = None if self.hidden_full is None else self.hidden_full[:, :, first : first + count]
+        hidden_tail = hidden = None
+        if self.hidden_full is not None:
+            self.hidden_full = mark_rows(self.hidden_full, self.full[0].length).expand(-1, key.shape[1], -1)
+            hidden_tail, hidden = self.hidden_full[:, 0, first:], self.hidden_full[:, :, first : first + count]
         self._update_bases([low_key, value], None if hidden is None else ~hidden[:, 0])
 
         segment = self.segments[-1]
@@ -275,8 +275,8 @@ class OjaKVLayer(KVLayer):
             scores = scores.masked_fill(hidden, -torch.inf)
         anchor_slots, low_slots = split_top(scores, promoted)
         if segment.hidden is not None or hidden is not None:
-            marks = None if hidden is None else hidden.gather(2, low_slots)
-            segment.hidden = append_marks(segment.hidden, segment.key.length, marks)
+            low_hidden = None if hidden is None else hidden.gather(2, low_slots)
+            segment.hidden = append_marks(segment.hidden, segment.key.length, low_hidden)
         segment.key.append(take((low_key.float() @ segment.key_basis.float()).to(key.dtype), low_slots))
         segment.value.append(take((value.float() @ segment.value_basis.float()).to(key.dtype), low_slots))
         new_places = places.gather(2, anchor_slots).to(torch.int32)

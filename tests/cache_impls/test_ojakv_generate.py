@@ -351,3 +351,27 @@ def test_only_full_attention_layers_are_replaced():
     kinds = [type(layer) for layer in plain.layers]
     assert [type(layer) for layer in cache.layers[:5]] == kinds[:5]
     assert compressed_tokens(cache) > 0
+
+
+def test_padding_between_two_turns_stays_hidden_once_compressed():
+    model, found = lossless_model("llama"), []
+    for cache in (DynamicCache(config=model.config), small_cache(model, **LOSSLESS)):
+        inputs = prompts(rows=2, length=120, pad=0)
+        turn = generate(model, cache, inputs)
+        more = prompts(rows=2, length=60, pad=21, seed=1)
+        longer = torch.cat([turn, more["input_ids"]], dim=1)
+        mask = torch.cat([torch.ones_like(turn), more["attention_mask"]], dim=1)
+        found.append(generate(model, cache, {"input_ids": longer, "attention_mask": mask}, max_new_tokens=60).tolist())
+    assert compressed_tokens(cache) > 100
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("chunk", [33, 80])
+def test_padding_longer_than_a_chunk_stays_hidden_once_compressed(chunk):
+    model, inputs = lossless_model("llama"), prompts(rows=3, length=200, pad=0)
+    for row, pad in ((1, 90), (2, 40)):
+        inputs["input_ids"][row, :pad], inputs["attention_mask"][row, :pad] = 0, 0
+    cache = small_cache(model, **LOSSLESS)
+    expected = generate(model, None, inputs)
+    assert generate(model, cache, inputs, prefill_chunk_size=chunk).tolist() == expected.tolist()
+    assert compressed_tokens(cache) > 100

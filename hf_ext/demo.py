@@ -128,15 +128,6 @@ def cache_bytes(cache: Any) -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def copy_cache(cache: Any, model: Any) -> Any:
-    """An independent copy, so that one reading of the context serves several measurements.
-
-    The layers look up in the model's own config whether they may attend inside the cache; that one is not copied.
-    """
-    configs = (model.config, model.config.get_text_config(decoder=True))
-    return copy.deepcopy(cache, {id(config): config for config in configs})
-
-
 def read(model: Any, ids: Tensor, settings: dict[str, Any]) -> tuple[Any, float]:
     """Reads a context up to its first token; returns the cache and the seconds of processor time it took."""
     start = time.process_time()
@@ -213,15 +204,13 @@ def measure(model: Any, tokenizer: Any, case: Case, settings: dict[str, Any], ne
     """One cache on one case; `settings` go to `generate`. Runs inside `hf_ext.registered()`."""
     cache, first_token = read(model, case.context, settings)
     nbytes = cache_bytes(cache)
-    said = answer(model, tokenizer, case, copy_cache(cache, model), new_tokens)
+    said = answer(model, tokenizer, case, copy.deepcopy(cache), new_tokens)
     full_answer = torch.cat([case.question, case.answer], dim=1)
     return Measurement(
         answer=said,
         right=CODE in said,
-        answer_nll=teacher_forced_nll(model, copy_cache(cache, model), full_answer, case.code_length),
-        text_nll=teacher_forced_nll(
-            model, copy_cache(cache, model), case.continuation, case.continuation.shape[1] - 1
-        ),
+        answer_nll=teacher_forced_nll(model, copy.deepcopy(cache), full_answer, case.code_length),
+        text_nll=teacher_forced_nll(model, copy.deepcopy(cache), case.continuation, case.continuation.shape[1] - 1),
         nbytes=nbytes,
         first_token=first_token,
         tokens_per_second=decode_speed(model, cache, case.question[:, :1], steps=12),

@@ -8,25 +8,10 @@ import hf_ext
 from hf_ext import PackedCache
 from hf_ext.cache_impls.base import storage_bytes
 from hf_ext.tiny import ARCHITECTURES, tiny_model
+from tests.cache_impls.helpers import generate, prompts
 
 
-NEW_TOKENS = 24
 ALL = sorted(ARCHITECTURES)
-
-
-def prompts(rows=2, length=40, pad=7, seed=0):
-    """Token ids with the last row left-padded by `pad`, and the attention mask."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, 128, (rows, length), generator=generator)
-    mask = torch.ones_like(ids)
-    if pad:
-        ids[-1, :pad], mask[-1, :pad] = 0, 0
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def generate(model, cache, inputs, **kwargs):
-    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0, **kwargs}
-    return model.generate(**inputs, past_key_values=cache, **options)
 
 
 @pytest.mark.parametrize("arch", ALL)

@@ -35,6 +35,8 @@ ATTENTION_NAME = "hf_ext_kv"
 
 # A block of more new tokens than this attends to rebuilt keys and values: the score matrix would outgrow them.
 MAX_IN_SPACE_ROWS = 64
+# Rows converted at a time where stored rows are in another type than the products: few enough to stay in a cache.
+CONVERTED_ROWS = 2048
 
 
 @dataclass
@@ -93,7 +95,10 @@ class Segment:
         keys (`Tensor`), values (`Tensor`): `(B, K, C, R)` and `(B, K, C, S)`, contiguous, `C` rows allocated.
         length (`int`): rows in use; the rest is slack.
         visible (`Tensor`, *optional*): boolean, broadcastable to `(B, K, G, Q, length)`; `None` means all.
-        expand (`Tensor`, *optional*): `(B, K, S, D)` taking the weighted values back to the head dimension.
+        expand (`Tensor`, *optional*): `(B, K, D, S)` taking the weighted values back to the head dimension.
+        shift (`Tensor`, *optional*): `(B, K, G * Q, 1)`, added to the logits.
+        offset (`Tensor`, *optional*): `(B, K, 1, D)`, added to every value.
+        exclude (`Tensor`, *optional*): `(B, K, M)`, int64, rows that do not take part.
     """
 
     query: Tensor
@@ -102,6 +107,44 @@ class Segment:
     length: int
     visible: Tensor | None = None
     expand: Tensor | None = None
+    shift: Tensor | None = None
+    offset: Tensor | None = None
+    exclude: Tensor | None = None
+
+
+def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Type matrix products run in: float32 where the processor has no 16-bit products, forty times slower there."""
+    if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
+        return dtype
+    supported = torch.ops.mkldnn._is_mkldnn_bf16_supported if dtype == torch.bfloat16 else (
+        torch.ops.mkldnn._is_mkldnn_fp16_supported
+    )
+    return dtype if supported() else torch.float32
+
+
+def score_rows(query: Tensor, keys: Tensor, out: Tensor) -> None:
+    """`query @ keys.mT` into `out`, for `query` `(N, Q, R)` and `keys` `(N, C, R)` of any type, without converting
+    more than `CONVERTED_ROWS` of them at a time."""
+    if keys.dtype == query.dtype:
+        torch.bmm(query, keys.mT, out=out)
+        return
+    scratch = query.new_empty(keys.shape[0], min(CONVERTED_ROWS, keys.shape[1]), keys.shape[2])
+    for start in range(0, keys.shape[1], CONVERTED_ROWS):
+        stop = min(start + CONVERTED_ROWS, keys.shape[1])
+        rows = scratch[:, : stop - start].copy_(keys[:, start:stop])
+        torch.bmm(query, rows.mT, out=out[..., start:stop])
+
+
+def weigh_rows(weights: Tensor, values: Tensor) -> Tensor:
+    """`weights @ values`, for `weights` `(N, Q, C)` and `values` `(N, C, S)` of any type; see `score_rows`."""
+    if values.dtype == weights.dtype:
+        return torch.bmm(weights, values)
+    total = weights.new_zeros(*weights.shape[:2], values.shape[2])
+    scratch = weights.new_empty(values.shape[0], min(CONVERTED_ROWS, values.shape[1]), values.shape[2])
+    for start in range(0, values.shape[1], CONVERTED_ROWS):
+        stop = min(start + CONVERTED_ROWS, values.shape[1])
+        total.baddbmm_(weights[..., start:stop], scratch[:, : stop - start].copy_(values[:, start:stop]))
+    return total
 
 
 def group_rows(query: Tensor, kv_heads: int) -> Tensor:
@@ -120,8 +163,8 @@ def ungroup_rows(output: Tensor, heads: int) -> Tensor:
 def segment_attention(segments: list[Segment], groups: int, softcap: float | None = None) -> Tensor:
     """Attention over several stretches of storage under one softmax.
 
-    Scores of all segments go into one matrix by `bmm(out=...)`. Slack rows are computed and masked rather than cut
-    off: a cut makes the batch stride irregular, and the bfloat16 product is then some forty times slower.
+    Scores of all segments go into one matrix. Slack rows are computed and masked rather than cut off: a cut makes the
+    batch stride irregular, and 16-bit products are then some forty times slower.
 
     Args:
         segments (`list[Segment]`): at least one.
@@ -129,31 +172,40 @@ def segment_attention(segments: list[Segment], groups: int, softcap: float | Non
         softcap (`float`, *optional*): logits become `softcap * tanh(logits / softcap)`.
 
     Returns:
-        `Tensor`: `(B, K, G * Q, D)`.
+        `Tensor`: `(B, K, G * Q, D)`, in the type of the queries.
     """
     batch, kv_heads, rows, _ = segments[0].query.shape
+    dtype = product_dtype(segments[0].query.dtype, segments[0].query.device)
     bounds = [0]
     for part in segments:
         bounds.append(bounds[-1] + part.keys.shape[2])
-    logits = segments[0].query.new_empty(batch * kv_heads, rows, bounds[-1])
+    logits = segments[0].query.new_empty(batch * kv_heads, rows, bounds[-1], dtype=dtype)
     # Not -inf: a padded query sees nothing at all, and what it outputs must stay finite.
     lowest = torch.finfo(logits.dtype).min
     grid = logits.view(batch, kv_heads, groups, rows // groups, bounds[-1])
     for part, start, end in zip(segments, bounds, bounds[1:]):
-        torch.bmm(part.query.flatten(0, 1), part.keys.flatten(0, 1).mT, out=logits[..., start:end])
+        area = logits[..., start:end]
+        score_rows(part.query.flatten(0, 1).to(dtype), part.keys.flatten(0, 1), area)
+        if part.shift is not None:
+            area += part.shift.flatten(0, 1)
         if softcap is not None:
-            logits[..., start:end].div_(softcap).tanh_().mul_(softcap)
-        logits[..., start + part.length : end] = lowest
+            area.div_(softcap).tanh_().mul_(softcap)
+        area[..., part.length :] = lowest
         if part.visible is not None:
             grid[..., start : start + part.length].masked_fill_(~part.visible, lowest)
+        if part.exclude is not None:
+            index = part.exclude.flatten(0, 1)[:, None].expand(-1, rows, -1)
+            area.scatter_(2, index, lowest)
     weights = torch.softmax(logits, dim=-1)
     output = torch.zeros((), dtype=logits.dtype, device=logits.device)
     for part, start, end in zip(segments, bounds, bounds[1:]):
-        share = torch.bmm(weights[..., start:end], part.values.flatten(0, 1))
+        share = weigh_rows(weights[..., start:end], part.values.flatten(0, 1))
         if part.expand is not None:
-            share = torch.bmm(share, part.expand.flatten(0, 1).mT)
+            share = torch.bmm(share, part.expand.flatten(0, 1).mT.to(dtype))
+        if part.offset is not None:
+            share += weights[..., start:end].sum(-1, keepdim=True) * part.offset.flatten(0, 1)
         output = share if output.dim() == 0 else output.add_(share)
-    return output.view(batch, kv_heads, rows, -1)
+    return output.view(batch, kv_heads, rows, -1).to(segments[0].query.dtype)
 
 
 def dense_attention(
@@ -227,7 +279,7 @@ def kv_attention_forward(
         layer.absorb_prompt(step.key, step.value, context)
         return output
     layer.observe(context)
-    if query.shape[2] <= MAX_IN_SPACE_ROWS and layer.attends_in_space and not query.requires_grad:
+    if layer.can_attend(query):
         output = layer.attend(query, attention_mask, scaling, softcap), None
     else:
         output = dense_attention(module, query, *layer.materialize(), attention_mask, **options)
@@ -274,6 +326,7 @@ def _before_forward(module: PreTrainedModel, args: tuple, kwargs: dict) -> None:
     tokens = tokens if tokens is not None else kwargs.get("inputs_embeds")
     if tokens is not None:
         cache.check_ready(tokens.shape[0])
+        cache.observe_tokens(kwargs.get("input_ids"), *tokens.shape[:2], kwargs.get("attention_mask"))
     # A deep copy of a model keeps hooks that `detach_all` cannot see.
     if ATTENTION_NAME not in AttentionInterface._global_mapping:
         return

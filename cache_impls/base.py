@@ -26,7 +26,7 @@ from transformers.cache_utils import (
     get_layer_types_and_kwargs,
 )
 
-from hf_ext.cache_impls.attention import ATTENTION_NAME, KVBlock, KVStep, attach, is_attached
+from hf_ext.cache_impls.attention import ATTENTION_NAME, MAX_IN_SPACE_ROWS, KVBlock, KVStep, attach, is_attached
 from hf_ext.errors import CacheStateError, UnsupportedModelError
 
 
@@ -195,6 +195,10 @@ class KVLayer(CacheLayerMixin):
     @abstractmethod
     def attend(self, query: Tensor, mask: Tensor | None, scaling: float, softcap: float | None) -> Tensor:
         """Attention of the newest tokens, `(B, H, Q, D)`, over everything stored; returns `(B, Q, H, D)`."""
+
+    def can_attend(self, query: Tensor) -> bool:
+        """Whether `attend` serves this block; otherwise it attends to rebuilt tensors."""
+        return query.shape[2] <= MAX_IN_SPACE_ROWS and self.attends_in_space and not query.requires_grad
 
     @abstractmethod
     def materialize(self) -> tuple[Tensor, Tensor]:
@@ -369,6 +373,15 @@ class KVCache(Cache):
             attach(model)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
+    def observe_tokens(self, ids: Tensor | None, batch: int, count: int, mask: Tensor | None) -> None:
+        """Runs before each forward call of an attached model, of `batch` rows and `count` new tokens; for caches that read
+        the text.
+
+        Args:
+            ids (`Tensor`, *optional*): `(B, Q)`, the new tokens; `None` where the model was given embeddings.
+            mask (`Tensor`, *optional*): the padding mask the call was given, `(B, N)`.
+        """
+
     def expect_prompt(self, length: int) -> None:
         """Says that a prompt of `length` tokens will come in chunks; nothing to do unless a cache plans by its length."""
 
@@ -398,9 +411,13 @@ class KVCache(Cache):
                 tiers[name] = tiers.get(name, 0) + count
         return {name: count for name, count in tiers.items() if count}
 
+    def shared_tensors(self) -> list[Tensor]:
+        """What the cache itself keeps alive, beside its layers."""
+        return []
+
     def nbytes(self) -> int:
         """Bytes of every tensor storage the cache keeps alive, slack included."""
-        tensors = []
+        tensors = self.shared_tensors()
         for layer in self.layers:
             tensors += layer.tensors() if isinstance(layer, KVLayer) else _library_tensors(layer)
         return storage_bytes(tensors)

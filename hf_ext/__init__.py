@@ -16,21 +16,31 @@ _EXPORTS = {
     "CacheStateError": "hf_ext.errors",
     "ConfigError": "hf_ext.errors",
     "HfExtError": "hf_ext.errors",
+    "HybridKVCache": "hf_ext.cache_impls.hybridkv",
+    "HybridKVConfig": "hf_ext.cache_impls.hybridkv",
     "MissingPackageError": "hf_ext.errors",
     "OjaKVCache": "hf_ext.cache_impls.ojakv",
     "OjaKVConfig": "hf_ext.cache_impls.ojakv",
     "PackedCache": "hf_ext.cache_impls.packed",
+    "SentenceKVCache": "hf_ext.cache_impls.sentencekv",
+    "SentenceKVConfig": "hf_ext.cache_impls.sentencekv",
     "UnsupportedModelError": "hf_ext.errors",
     "register": "hf_ext.registration",
     "registered": "hf_ext.registration",
+    "sentence_boundary_ids": "hf_ext.cache_impls.sentences",
     "unregister": "hf_ext.registration",
 }
 __all__ = sorted(_EXPORTS)
 
 if TYPE_CHECKING:
+    from hf_ext.cache_impls.hybridkv import HybridKVCache as HybridKVCache
+    from hf_ext.cache_impls.hybridkv import HybridKVConfig as HybridKVConfig
     from hf_ext.cache_impls.ojakv import OjaKVCache as OjaKVCache
     from hf_ext.cache_impls.ojakv import OjaKVConfig as OjaKVConfig
     from hf_ext.cache_impls.packed import PackedCache as PackedCache
+    from hf_ext.cache_impls.sentencekv import SentenceKVCache as SentenceKVCache
+    from hf_ext.cache_impls.sentencekv import SentenceKVConfig as SentenceKVConfig
+    from hf_ext.cache_impls.sentences import sentence_boundary_ids as sentence_boundary_ids
     from hf_ext.errors import CacheStateError as CacheStateError
     from hf_ext.errors import ConfigError as ConfigError
     from hf_ext.errors import HfExtError as HfExtError

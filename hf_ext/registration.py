@@ -22,8 +22,10 @@ from hf_ext.log import get_logger, warn_once
 
 # Name in `cache_implementation` -> class with `from_generate(model, cache_config)`.
 CACHES = {
+    "hybridkv": "hf_ext.cache_impls.hybridkv:HybridKVCache",
     "ojakv": "hf_ext.cache_impls.ojakv:OjaKVCache",
     "packed": "hf_ext.cache_impls.packed:PackedCache",
+    "sentencekv": "hf_ext.cache_impls.sentencekv:SentenceKVCache",
 }
 
 _logger = get_logger(__name__)

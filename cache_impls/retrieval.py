@@ -1,0 +1,357 @@
+"""The mathematics of the retrieval caches: an index of the stored tokens, and which of them a query asks for.
+
+`TokenIndex` is ours: one byte per coordinate of each key in the basis that keeps the scores of the prompt's own queries
+best. For queries of second moment `C = L L.T`, the error of a score is `|L.T (k - k')|` on average, so the basis is that of
+the principal components of `L.T k`, and a query meets it as `inv(L) q`. On SmolLM2 it finds more attention mass with an
+eighth of the keys' bytes than the principal components of the keys themselves do with a quarter. `SentenceIndex` is that
+of SentenceKV (https://huggingface.co/papers/2504.00970, section 3): the mean key of every sentence. `PageIndex` is that of
+Quest (https://huggingface.co/papers/2406.10774): the bounds of every page of keys.
+
+Shapes: B batch, H query heads, K key/value heads, G = H / K, Q new tokens, N stored tokens, M chosen ones, S sentences, P
+pages, D head dim, R rank.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from hf_ext.cache_impls import subspace
+from hf_ext.cache_impls.attention import score_rows
+from hf_ext.cache_impls.base import RowBuffer
+from hf_ext.cache_impls.rows import take
+
+
+# Queries of the prompt that the index is fitted to: the last ones, and as many spread over the whole.
+FITTED_QUERIES = 256
+# Added to the diagonal of the queries' second moment, as a share of its mean: directions they never took count a little.
+RIDGE = 1e-3
+CODE_LIMIT = 127
+PAGE = 16  # tokens
+# Beyond `SCANNED_TOKENS` the tokens of the `CANDIDATES` most promising pages are scored, not all; both grow with the budget.
+SCANNED_TOKENS, SCANNED_BUDGETS = 8192, 8
+CANDIDATES, CANDIDATE_BUDGETS = 4096, 4
+# How far above its mean score the best token of a page is expected, in standard deviations.
+PAGE_SPREAD = 2.0
+# Coordinates the pages are compared by.
+PAGE_RANK = 16
+# Newest stored tokens that are candidates always, whatever their page.
+UNPAGED = 256
+
+
+def query_moment(queries: Tensor, kv_heads: int, valid: Tensor | None = None) -> Tensor:
+    """Second moment of the queries that share a key/value head.
+
+    Args:
+        queries (`Tensor`): `(B, H, N, D)`.
+        valid (`Tensor`, *optional*): boolean `(B, N)`.
+
+    Returns:
+        `Tensor`: `(B, K, D, D)`, float32.
+    """
+    length = queries.shape[2]
+    if length > 2 * FITTED_QUERIES:
+        spread = torch.linspace(0, length - FITTED_QUERIES - 1, FITTED_QUERIES, device=queries.device).long()
+        chosen = torch.cat([spread, torch.arange(length - FITTED_QUERIES, length, device=queries.device)])
+        queries, valid = queries[:, :, chosen], None if valid is None else valid[:, chosen]
+    batch, heads, length, dim = queries.shape
+    rows = queries.reshape(batch, kv_heads, -1, dim)
+    return subspace.covariance(rows, None if valid is None else valid.repeat(1, heads // kv_heads))
+
+
+class Codes:
+    """Centred vectors as one signed byte per coordinate of a basis: `x = mean + codes @ expand.T`, about.
+
+    Args:
+        tokens (`Tensor`): `(B, K, N, D)`, the first ones; basis, mean and scales come from them.
+        rank (`int`): coordinates kept (R).
+        valid (`Tensor`, *optional*): boolean `(B, N)`; tokens marked `False` do not count.
+        moment (`Tensor`, *optional*): `(B, K, D, D)`, second moment of what the vectors will be multiplied with; by default
+            all directions count alike.
+    """
+
+    def __init__(self, tokens: Tensor, rank: int, valid: Tensor | None = None, moment: Tensor | None = None):
+        dim = tokens.shape[-1]
+        self.rank = min(rank, dim)
+        rows = tokens.float()
+        if valid is None:
+            self.mean = rows.mean(2, keepdim=True)
+        else:
+            weight = valid[:, None, :, None].float()
+            self.mean = (rows * weight).sum(2, keepdim=True) / weight.sum(2, keepdim=True).clamp_min(1)
+        spread = subspace.covariance(rows - self.mean, valid)
+        eye = torch.eye(dim, device=rows.device)
+        if moment is None:
+            root = eye.expand_as(spread)
+        else:
+            size = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp_min(1e-12)
+            root = torch.linalg.cholesky(moment / size + RIDGE * eye)
+        basis, _ = subspace.top_basis(root.mT @ spread @ root, self.rank)
+        self.reduce = root @ basis
+        codes = (rows - self.mean) @ self.reduce
+        if valid is not None:
+            codes = codes * valid[:, None, :, None]
+        scale = codes.abs().amax(2, keepdim=True).clamp_min(1e-6) / CODE_LIMIT
+        self.reduce = self.reduce / scale
+        self.expand = torch.linalg.solve_triangular(root.mT, basis, upper=True) * scale
+        self.rows = RowBuffer(self._encode(rows))
+
+    def _encode(self, tokens: Tensor) -> Tensor:
+        codes = (tokens.float() - self.mean) @ self.reduce
+        return codes.round_().clamp_(-CODE_LIMIT, CODE_LIMIT).to(torch.int8)
+
+    def append(self, tokens: Tensor) -> None:
+        self.rows.append(self._encode(tokens))
+
+    def decode(self) -> Tensor:
+        """All vectors as stored, `(B, K, N, D)`, float32."""
+        return self.mean + self.rows.rows.float() @ self.expand.mT
+
+    def decoded(self, tokens: Tensor) -> Tensor:
+        """What would come back of `tokens` `(B, K, N, D)`."""
+        return self.mean + self._encode(tokens).float() @ self.expand.mT
+
+    def query(self, rows: Tensor) -> Tensor:
+        """`rows` `(B, K, Q, D)` as they meet the codes, `(B, K, Q, R)`, float32."""
+        return rows.float() @ self.expand
+
+    def bases(self) -> list[Tensor]:
+        return [self.mean, self.reduce, self.expand]
+
+    def reorder(self, index: Tensor) -> None:
+        self.mean, self.reduce, self.expand = self.mean[index], self.reduce[index], self.expand[index]
+        self.rows.reorder(index)
+
+
+class TokenIndex:
+    """Scores every stored token by its codes; very many in two steps, pages first.
+
+    Args:
+        keys (`Tensor`): `(B, K, N, D)`.
+        rank (`int`): coordinates a token.
+        budget (`int`): tokens a query may choose; how many candidates are looked at grows with it.
+        hidden (`Tensor`, *optional*): boolean `(B, K, N)`, padding.
+        moment (`Tensor`, *optional*): of the queries, from `query_moment`.
+    """
+
+    def __init__(
+        self, keys: Tensor, rank: int, budget: int, hidden: Tensor | None = None, moment: Tensor | None = None
+    ):
+        valid = None if hidden is None else ~hidden[:, 0]
+        self.codes = Codes(keys, rank, valid, moment)
+        self.scanned = max(SCANNED_TOKENS, SCANNED_BUDGETS * budget)
+        self.candidates = max(CANDIDATES, CANDIDATE_BUDGETS * budget)
+        self.means: RowBuffer | None = None  # (B, K, P, 2 * PAGE_RANK): mean and variance of the pages' codes
+        self._add_pages()
+
+    @property
+    def length(self) -> int:
+        return self.codes.rows.length
+
+    def append(self, keys: Tensor) -> None:
+        self.codes.append(keys)
+        self._add_pages()
+
+    def _add_pages(self) -> None:
+        """Statistics of the pages that are full and have none yet, once there are enough tokens to need them."""
+        if self.length <= self.scanned:
+            return
+        known = 0 if self.means is None else self.means.length
+        rank = min(PAGE_RANK, self.codes.rank)
+        fresh = self.codes.rows.rows[:, :, known * PAGE : (self.length - UNPAGED) // PAGE * PAGE, :rank]
+        if fresh.shape[2] == 0:
+            return
+        pages = fresh.unflatten(2, (-1, PAGE)).float()
+        rows = torch.cat([pages.mean(3), pages.var(3, unbiased=False)], dim=-1).to(torch.bfloat16)
+        if self.means is None:
+            self.means = RowBuffer(rows)
+        else:
+            self.means.append(rows)
+
+    def score(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scores of the tokens for each query, less a constant per query.
+
+        Args:
+            rows (`Tensor`): `(B, K, Q, D)`, scaled as for attention.
+
+        Returns:
+            `tuple`: scores `(B, K, Q, N)`, and `None`; or scores `(B, K, Q, M)` of some and their places `(B, K, M)`.
+        """
+        query = self.codes.query(rows)
+        if self.means is None:
+            return product(query, self.codes.rows), None
+        places = self._candidates(query)
+        batch, heads, length, _ = query.shape
+        scores = query.new_empty(batch * heads, length, places.shape[2])
+        score_rows(query.flatten(0, 1), take(self.codes.rows.data, places).flatten(0, 1), scores)
+        return scores.view(batch, heads, length, -1), places
+
+    def _candidates(self, query: Tensor) -> Tensor:
+        """Places of the tokens in the pages where the best ones are expected, `(B, K, M)`, ascending."""
+        assert self.means is not None
+        rank = self.means.data.shape[-1] // 2
+        pages = self.means.rows.float()
+        expected = query[..., :rank] @ pages[..., :rank].mT
+        spread = query[..., :rank].square() @ pages[..., rank:].mT
+        weight = softmax_mean(expected.add_(spread.sqrt_(), alpha=PAGE_SPREAD))
+        chosen = weight.topk(min(self.candidates // PAGE, weight.shape[-1]), dim=-1).indices.sort(-1).values
+        offsets = torch.arange(PAGE, device=query.device)
+        places = (chosen[..., None] * PAGE + offsets).flatten(2)
+        rest = torch.arange(self.means.length * PAGE, self.length, device=query.device)
+        return torch.cat([places, rest.expand(*places.shape[:2], -1)], dim=-1)
+
+    def buffers(self) -> list[RowBuffer]:
+        return [self.codes.rows, *([] if self.means is None else [self.means])]
+
+    def tensors(self) -> list[Tensor]:
+        return [*(buffer.data for buffer in self.buffers()), *self.codes.bases()]
+
+    def reorder(self, index: Tensor) -> None:
+        self.codes.reorder(index)
+        if self.means is not None:
+            self.means.reorder(index)
+
+
+class PageIndex:
+    """Quest's: an upper bound of the scores in every page, from the smallest and largest entries of its keys.
+
+    Args:
+        keys (`Tensor`): `(B, K, N, D)`.
+        hidden (`Tensor`, *optional*): boolean `(B, K, N)`, padding.
+    """
+
+    def __init__(self, keys: Tensor, hidden: Tensor | None = None):
+        self.length = 0
+        self.bounds = RowBuffer(self._bounds(keys[:, :, :0]))
+        self.rest = keys[:, :, :0]
+        if hidden is not None:
+            # Padding stands in front: the first real key in its place leaves the bounds of a page to the real ones.
+            first = (~hidden).long().argmax(-1)[..., None]
+            places = torch.arange(keys.shape[2], device=keys.device).expand_as(hidden)
+            keys = take(keys, torch.where(hidden, torch.maximum(first, places), places))
+        self.append(keys)
+
+    @staticmethod
+    def _bounds(keys: Tensor) -> Tensor:
+        pages = keys.unflatten(2, (-1, PAGE)) if keys.shape[2] else keys[:, :, :, None]
+        if keys.shape[2] == 0:
+            return torch.cat([keys, keys], dim=-1)
+        return torch.cat([pages.amax(3), pages.amin(3)], dim=-1)
+
+    def append(self, keys: Tensor) -> None:
+        self.length += keys.shape[2]
+        keys = torch.cat([self.rest, keys], dim=2)
+        full = keys.shape[2] // PAGE * PAGE
+        if full:
+            self.bounds.append(self._bounds(keys[:, :, :full]))
+        self.rest = keys[:, :, full:].clone()
+
+    def score(self, rows: Tensor) -> tuple[Tensor, None]:
+        """See `TokenIndex.score`; all tokens of a page have its bound."""
+        dim = rows.shape[-1]
+        query = torch.cat([rows.clamp_min(0), rows.clamp_max(0)], dim=-1).float()
+        scores = product(query, self.bounds).repeat_interleave(PAGE, dim=-1)
+        if self.rest.shape[2]:
+            bound = torch.maximum(self.rest.amax(2, keepdim=True) * rows, self.rest.amin(2, keepdim=True) * rows)
+            scores = torch.cat([scores, bound.float().sum(-1, keepdim=True).expand(-1, -1, -1, self.rest.shape[2])], -1)
+        assert dim * 2 == self.bounds.data.shape[-1]
+        return scores, None
+
+    def buffers(self) -> list[RowBuffer]:
+        return [self.bounds]
+
+    def tensors(self) -> list[Tensor]:
+        return [self.bounds.data, self.rest]
+
+    def reorder(self, index: Tensor) -> None:
+        self.bounds.reorder(index)
+        self.rest = self.rest[index]
+
+
+class SentenceIndex:
+    """SentenceKV's: the mean key of every sentence; tokens follow their sentence's rank, in the order of the text.
+
+    Args:
+        keys (`Tensor`): `(B, K, N, D)`.
+        sentences (`Tensor`): `(B, K, N)`, int64, which sentence each belongs to, counted from 0.
+        hidden (`Tensor`, *optional*): boolean `(B, K, N)`, padding.
+    """
+
+    def __init__(self, keys: Tensor, sentences: Tensor, hidden: Tensor | None = None):
+        self.sums = keys.new_zeros(*keys.shape[:2], 0, keys.shape[3], dtype=torch.float32)
+        self.counts = self.sums[..., 0]
+        self.sentences = sentences[..., :0].to(torch.int32)
+        self.append(keys, sentences, hidden)
+
+    @property
+    def length(self) -> int:
+        return self.sentences.shape[2]
+
+    def append(self, keys: Tensor, sentences: Tensor, hidden: Tensor | None = None) -> None:
+        more = int(sentences.max()) + 1 - self.sums.shape[2] if sentences.numel() else 0
+        if more > 0:
+            self.sums, self.counts = pad(self.sums, (0, 0, 0, more)), pad(self.counts, (0, more))
+        real = torch.ones_like(sentences, dtype=torch.float32) if hidden is None else (~hidden).float()
+        self.sums.scatter_add_(2, sentences[..., None].expand_as(keys), keys.float() * real[..., None])
+        self.counts.scatter_add_(2, sentences, real)
+        self.sentences = torch.cat([self.sentences, sentences.to(torch.int32)], dim=2)
+
+    def means(self) -> Tensor:
+        """`(B, K, S, D)`, float32; zero where a sentence has no token."""
+        return self.sums / self.counts.clamp_min(1)[..., None]
+
+    def score(self, rows: Tensor) -> tuple[Tensor, None]:
+        """Scores `(B, K, 1, N)`, float64, that order the tokens: `rows` `(B, K, Q, D)` count by their mean."""
+        scores = (rows.float().mean(2, keepdim=True) @ self.means().mT)[:, :, 0]
+        scores = scores.masked_fill(self.counts == 0, -torch.inf)
+        rank = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+        order = rank.gather(2, self.sentences.long()) * self.length
+        order = order + torch.arange(self.length, device=rows.device)
+        return -order.double()[:, :, None], None
+
+    def buffers(self) -> list[RowBuffer]:
+        return []
+
+    def tensors(self) -> list[Tensor]:
+        return [self.sums, self.counts, self.sentences]
+
+    def reorder(self, index: Tensor) -> None:
+        self.sums, self.counts, self.sentences = self.sums[index], self.counts[index], self.sentences[index]
+
+
+def product(query: Tensor, keys: RowBuffer) -> Tensor:
+    """`query @ keys.mT`, `(B, K, Q, N)` from `(B, K, Q, R)` and the rows `(B, K, N, R)` of any type."""
+    batch, heads, length, _ = query.shape
+    scores = query.new_empty(batch * heads, length, keys.data.shape[2])
+    score_rows(query.flatten(0, 1), keys.data.flatten(0, 1), scores)
+    return scores.view(batch, heads, length, -1)[..., : keys.length]
+
+
+def softmax_mean(scores: Tensor, groups: int = 1) -> Tensor:
+    """What the queries of a key/value head ask for: softmax over the tokens, the largest over the new tokens, the mean over
+    the query heads.
+
+    Args:
+        scores (`Tensor`): `(B, K, G * Q, N)`.
+        groups (`int`): query heads a key/value head (G); 1 takes the mean over all rows.
+
+    Returns:
+        `Tensor`: `(B, K, N)`.
+    """
+    weights = torch.softmax(scores, dim=-1)
+    if groups > 1 and scores.shape[2] > groups:
+        weights = weights.unflatten(2, (groups, -1)).amax(3)
+    return weights.mean(2)
+
+
+def spread_forward(weights: Tensor, steps: int) -> Tensor:
+    """Each token's weight, or that of one of the `steps - 1` before it if larger: text that was found goes on.
+
+    `weights` is `(B, K, N)`, in the order of the text.
+    """
+    result = weights
+    for step in range(1, steps):
+        result = result.clone() if step == 1 else result
+        torch.maximum(result[..., step:], weights[..., :-step], out=result[..., step:])
+    return result

@@ -99,6 +99,7 @@ class Segment:
         shift (`Tensor`, *optional*): `(B, K, G * Q, 1)`, added to the logits.
         offset (`Tensor`, *optional*): `(B, K, 1, D)`, added to every value.
         exclude (`Tensor`, *optional*): `(B, K, M)`, int64, rows that do not take part.
+        scores (`Tensor`, *optional*): `(B, K, G * Q, C)`, the product of `query` and `keys` where it is known already.
     """
 
     query: Tensor
@@ -110,6 +111,7 @@ class Segment:
     shift: Tensor | None = None
     offset: Tensor | None = None
     exclude: Tensor | None = None
+    scores: Tensor | None = None
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -185,7 +187,10 @@ def segment_attention(segments: list[Segment], groups: int, softcap: float | Non
     grid = logits.view(batch, kv_heads, groups, rows // groups, bounds[-1])
     for part, start, end in zip(segments, bounds, bounds[1:]):
         area = logits[..., start:end]
-        score_rows(part.query.flatten(0, 1).to(dtype), part.keys.flatten(0, 1), area)
+        if part.scores is None:
+            score_rows(part.query.flatten(0, 1).to(dtype), part.keys.flatten(0, 1), area)
+        else:
+            area.copy_(part.scores.flatten(0, 1))
         if part.shift is not None:
             area += part.shift.flatten(0, 1)
         if softcap is not None:

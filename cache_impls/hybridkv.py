@@ -26,7 +26,7 @@ from transformers import PreTrainedConfig
 from hf_ext.cache_impls import subspace
 from hf_ext.cache_impls.attention import Segment
 from hf_ext.cache_impls.base import KVLayer, RowBuffer, padded_rows
-from hf_ext.cache_impls.retrieval import Codes, TokenIndex
+from hf_ext.cache_impls.retrieval import Codes, TokenIndex, product
 from hf_ext.cache_impls.retrieval_cache import RetrievalCache
 from hf_ext.cache_impls.retrieval_layer import RetrievalConfig, RetrievalLayer, all_rows
 from hf_ext.cache_impls.rows import take
@@ -51,7 +51,7 @@ class HybridKVConfig(RetrievalConfig):
             Newest tokens, always at full rank; up to 31 more until they are stored.
         query_window (`int`, defaults to 32):
             Last queries of the prompt by which a byte budget chooses; twice as many spread over it count too.
-        refresh (`int`, defaults to 2):
+        refresh (`int`, defaults to 1):
             Tokens generated with one choice of retrieved tokens.
         index_rank (`int`, *optional*):
             Coordinates of a key; half of the head dimension, or what a byte budget leaves.
@@ -66,6 +66,7 @@ class HybridKVConfig(RetrievalConfig):
             The same as a number of bytes, over all layers and the batch. Generated tokens come on top.
     """
 
+    refresh: int = 1
     value_rank: int | None = None
     ratio: float | None = None
     max_bytes: int | None = None
@@ -127,7 +128,7 @@ class HybridKVLayer(RetrievalLayer):
         everywhere, hidden = middle.expand(-1, key.shape[1], -1), self._hidden_at(middle)
         rows = [take(tokens, everywhere) for tokens in (key, value)]
         count, ranks = self.plan(key, value, middle.shape[2])
-        self.index = TokenIndex(rows[0], ranks[0], self.config.token_budget, hidden, self.moment)
+        self.index = TokenIndex(rows[0], ranks[0], None, hidden, self.moment)
         self.value_codes = Codes(rows[1], ranks[1], None if hidden is None else ~hidden[:, 0])
         if hidden is not None:
             self.places = middle.to(torch.int32)
@@ -207,10 +208,7 @@ class HybridKVLayer(RetrievalLayer):
         if self.kept_tokens is None:
             return weights, candidates
         kept = self.kept_tokens.long()
-        if candidates is None:
-            return weights.gather(2, kept), kept
-        at = torch.searchsorted(kept, candidates).clamp_max(kept.shape[2] - 1)
-        return weights.masked_fill(kept.gather(2, at) != candidates, -torch.inf), candidates
+        return weights.gather(2, kept), kept
 
     def store_places(self, chosen: Tensor) -> Tensor:
         if self.kept_tokens is None:
@@ -218,8 +216,16 @@ class HybridKVLayer(RetrievalLayer):
         return torch.searchsorted(self.kept_tokens.long(), chosen).clamp_max(self.stored - 1)
 
     def _renew(self, rows: Tensor, length: int) -> None:
+        # The codes of all tokens take part anyway: their scores choose the tokens as well.
+        assert self.index is not None
+        self.code_query = self.index.codes.query(rows)
+        self.code_scores = product(self.code_query, self.index.codes.rows, slack=True)
         if not self.attends_to_store:
             super()._renew(rows, length)
+
+    def scores(self, rows: Tensor, length: int) -> tuple[Tensor, None]:
+        assert self.index is not None
+        return self.code_scores[..., : self.index.length], None
 
     def retrieved(self, rows: Tensor) -> list[Segment]:
         if not self.attends_to_store:
@@ -243,7 +249,7 @@ class HybridKVLayer(RetrievalLayer):
         if self.hidden is not None:
             hidden = self._hidden_at(self.places_of(None, torch.Size((rows.shape[0], 1, keys.rows.length))))
         part = Segment(
-            query=keys.query(rows),
+            query=self.code_query,
             keys=keys.rows.data,
             values=values.rows.data,
             length=keys.rows.length,
@@ -252,7 +258,9 @@ class HybridKVLayer(RetrievalLayer):
             shift=rows.float() @ keys.mean.mT,
             offset=values.mean,
             exclude=exact,
+            scores=self.code_scores,
         )
+        del self.code_query, self.code_scores  # of this step alone
         return [part]
 
     def materialize(self) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,8 @@ pages, D head dim, R rank.
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -130,19 +132,20 @@ class TokenIndex:
     Args:
         keys (`Tensor`): `(B, K, N, D)`.
         rank (`int`): coordinates a token.
-        budget (`int`): tokens a query may choose; how many candidates are looked at grows with it.
+        budget (`int`, *optional*): tokens a query may choose; how many candidates are looked at grows with it. `None`
+            scores all tokens always.
         hidden (`Tensor`, *optional*): boolean `(B, K, N)`, padding.
         moment (`Tensor`, *optional*): of the queries, from `query_moment`.
     """
 
     def __init__(
-        self, keys: Tensor, rank: int, budget: int, hidden: Tensor | None = None, moment: Tensor | None = None
+        self, keys: Tensor, rank: int, budget: int | None, hidden: Tensor | None = None, moment: Tensor | None = None
     ):
         valid = None if hidden is None else ~hidden[:, 0]
         self.codes = Codes(keys, rank, valid, moment)
-        self.scanned = max(SCANNED_TOKENS, SCANNED_BUDGETS * budget)
-        self.candidates = max(CANDIDATES, CANDIDATE_BUDGETS * budget)
-        self.means: RowBuffer | None = None  # (B, K, P, 2 * PAGE_RANK): mean and variance of the pages' codes
+        self.scanned = sys.maxsize if budget is None else max(SCANNED_TOKENS, SCANNED_BUDGETS * budget)
+        self.candidates = 0 if budget is None else max(CANDIDATES, CANDIDATE_BUDGETS * budget)
+        self.pages: list[RowBuffer] = []  # mean and variance of the codes of each page, (B, K, P, PAGE_RANK)
         self._add_pages()
 
     @property
@@ -157,17 +160,18 @@ class TokenIndex:
         """Statistics of the pages that are full and have none yet, once there are enough tokens to need them."""
         if self.length <= self.scanned:
             return
-        known = 0 if self.means is None else self.means.length
+        known = self.pages[0].length if self.pages else 0
         rank = min(PAGE_RANK, self.codes.rank)
         fresh = self.codes.rows.rows[:, :, known * PAGE : (self.length - UNPAGED) // PAGE * PAGE, :rank]
         if fresh.shape[2] == 0:
             return
-        pages = fresh.unflatten(2, (-1, PAGE)).float()
-        rows = torch.cat([pages.mean(3), pages.var(3, unbiased=False)], dim=-1).to(torch.bfloat16)
-        if self.means is None:
-            self.means = RowBuffer(rows)
-        else:
-            self.means.append(rows)
+        codes = fresh.unflatten(2, (-1, PAGE)).float()
+        rows = [codes.mean(3).to(torch.bfloat16), codes.var(3, unbiased=False).to(torch.bfloat16)]
+        if not self.pages:
+            self.pages = [RowBuffer(statistic) for statistic in rows]
+            return
+        for buffer, statistic in zip(self.pages, rows):
+            buffer.append(statistic)
 
     def score(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scores of the tokens for each query, less a constant per query.
@@ -179,38 +183,40 @@ class TokenIndex:
             `tuple`: scores `(B, K, Q, N)`, and `None`; or scores `(B, K, Q, M)` of some and their places `(B, K, M)`.
         """
         query = self.codes.query(rows)
-        if self.means is None:
+        if not self.pages:
             return product(query, self.codes.rows), None
-        places = self._candidates(query)
+        chosen = self._promising_pages(query)
+        places = (chosen[..., None] * PAGE + torch.arange(PAGE, device=query.device)).flatten(2)
+        # Pages are read as wide rows, which is many times faster than their tokens one by one.
+        stored, rank = self.codes.rows, self.codes.rank
+        candidates = take(stored.data.unflatten(2, (-1, PAGE)).flatten(3), chosen).unflatten(3, (PAGE, rank)).flatten(2, 3)
+        paged = self.pages[0].length * PAGE
+        candidates = torch.cat([candidates, stored.rows[:, :, paged:]], dim=2)
+        rest = torch.arange(paged, self.length, device=query.device).expand(*places.shape[:2], -1)
         batch, heads, length, _ = query.shape
-        scores = query.new_empty(batch * heads, length, places.shape[2])
-        score_rows(query.flatten(0, 1), take(self.codes.rows.data, places).flatten(0, 1), scores)
-        return scores.view(batch, heads, length, -1), places
+        scores = query.new_empty(batch * heads, length, candidates.shape[2])
+        score_rows(query.flatten(0, 1), candidates.flatten(0, 1), scores)
+        return scores.view(batch, heads, length, -1), torch.cat([places, rest], dim=-1)
 
-    def _candidates(self, query: Tensor) -> Tensor:
-        """Places of the tokens in the pages where the best ones are expected, `(B, K, M)`, ascending."""
-        assert self.means is not None
-        rank = self.means.data.shape[-1] // 2
-        pages = self.means.rows.float()
-        expected = query[..., :rank] @ pages[..., :rank].mT
-        spread = query[..., :rank].square() @ pages[..., rank:].mT
-        weight = softmax_mean(expected.add_(spread.sqrt_(), alpha=PAGE_SPREAD))
-        chosen = weight.topk(min(self.candidates // PAGE, weight.shape[-1]), dim=-1).indices.sort(-1).values
-        offsets = torch.arange(PAGE, device=query.device)
-        places = (chosen[..., None] * PAGE + offsets).flatten(2)
-        rest = torch.arange(self.means.length * PAGE, self.length, device=query.device)
-        return torch.cat([places, rest.expand(*places.shape[:2], -1)], dim=-1)
+    def _promising_pages(self, query: Tensor) -> Tensor:
+        """The pages where the tokens with the best scores are expected, `(B, K, P)`, ascending."""
+        mean, variance = self.pages
+        part = query[..., : mean.data.shape[-1]]
+        spread = product(part.square(), variance).sqrt_()
+        weight = softmax_mean(product(part, mean).add_(spread, alpha=PAGE_SPREAD))
+        count = min(self.candidates // PAGE, weight.shape[-1])
+        return weight.topk(count, dim=-1, sorted=False).indices.sort(-1).values
 
     def buffers(self) -> list[RowBuffer]:
-        return [self.codes.rows, *([] if self.means is None else [self.means])]
+        return [self.codes.rows, *self.pages]
 
     def tensors(self) -> list[Tensor]:
         return [*(buffer.data for buffer in self.buffers()), *self.codes.bases()]
 
     def reorder(self, index: Tensor) -> None:
         self.codes.reorder(index)
-        if self.means is not None:
-            self.means.reorder(index)
+        for buffer in self.pages:
+            buffer.reorder(index)
 
 
 class PageIndex:
@@ -320,12 +326,14 @@ class SentenceIndex:
         self.sums, self.counts, self.sentences = self.sums[index], self.counts[index], self.sentences[index]
 
 
-def product(query: Tensor, keys: RowBuffer) -> Tensor:
-    """`query @ keys.mT`, `(B, K, Q, N)` from `(B, K, Q, R)` and the rows `(B, K, N, R)` of any type."""
+def product(query: Tensor, keys: RowBuffer, slack: bool = False) -> Tensor:
+    """`query @ keys.mT`, `(B, K, Q, N)` from `(B, K, Q, R)` and the rows `(B, K, N, R)` of any type; `slack` leaves the
+    columns of rows not in use."""
     batch, heads, length, _ = query.shape
     scores = query.new_empty(batch * heads, length, keys.data.shape[2])
     score_rows(query.flatten(0, 1), keys.data.flatten(0, 1), scores)
-    return scores.view(batch, heads, length, -1)[..., : keys.length]
+    scores = scores.view(batch, heads, length, -1)
+    return scores if slack else scores[..., : keys.length]
 
 
 def softmax_mean(scores: Tensor, groups: int = 1) -> Tensor:

@@ -128,18 +128,19 @@ class RetrievalLayer(KVLayer):
         """How many of `stored` tokens between sinks and newest are kept."""
         return stored
 
-    def forced(self, places: Tensor) -> Tensor | None:
-        """Of the tokens at `places` `(B, 1 or K, M)`, boolean, those that take part whatever their score, beyond the
-        budget."""
+    def forced(self, candidates: Tensor | None, shape: torch.Size) -> Tensor | None:
+        """Boolean `(B, 1 or K, M)`, of the indexed tokens, or of the candidates, those that take part whatever their
+        score, beyond the budget."""
         return None
 
     def reopened(self) -> Tensor | None:
         """Boolean `(B,)`, rows whose choice is renewed before its time."""
         return None
 
-    def asked(self, rows: Tensor, length: int) -> Tensor:
-        """The queries the index is searched with, from those of the block, `(B, K, G * Q, D)`, scaled."""
-        return rows
+    def scores(self, rows: Tensor, length: int) -> tuple[Tensor, Tensor | None]:
+        """What the index answers to the queries of a block, `(B, K, G * Q, D)`, scaled; see `TokenIndex.score`."""
+        assert self.index is not None
+        return self.index.score(rows)
 
     def retrieved(self, rows: Tensor) -> list[Segment]:
         """Segments of the stored tokens that take part at full rank."""
@@ -377,17 +378,16 @@ class RetrievalLayer(KVLayer):
     def _choose(self, rows: Tensor, length: int, only: Tensor | None) -> None:
         assert self.index is not None
         groups = rows.shape[2] // length
-        scores, candidates = self.index.score(self.asked(rows, length))
+        scores, candidates = self.scores(rows, length)
         if isinstance(self.index, SentenceIndex):
             weights = scores[:, :, 0]
         else:
             weights = spread_forward(softmax_mean(scores, groups), self.config.refresh)
         weights, candidates = self.restrict(weights, candidates)
-        places = self.places_of(candidates, weights.shape)
-        hidden = None if self.hidden is None else self._hidden_at(places)
+        hidden = None if self.hidden is None else self._hidden_at(self.places_of(candidates, weights.shape))
         if hidden is not None:
             weights = weights.masked_fill(hidden, -torch.inf)
-        forced = self.forced(places)
+        forced = self.forced(candidates, weights.shape)
         allowed = max(0, self.config.token_budget - self.sinks - self.newest - (self.config.refresh - 1))
         if only is not None and self.chosen is not None:
             count = self.chosen.shape[2]
@@ -396,16 +396,13 @@ class RetrievalLayer(KVLayer):
             count = min(allowed + extra, weights.shape[2])
         if forced is not None:
             weights = weights.masked_fill(forced, torch.inf)
-        best = weights.topk(count, dim=-1)
+        best = weights.topk(count, dim=-1, sorted=forced is not None)
         shown = best.values > -torch.inf if hidden is not None else None
         if forced is not None:
             rank = torch.arange(count, device=rows.device)
             within = (rank < allowed + forced.sum(-1, keepdim=True)).expand_as(best.values)
             shown = within if shown is None else shown & within
-        order = best.indices.sort(dim=-1)
-        chosen = order.values if candidates is None else candidates.gather(2, order.values)
-        if shown is not None:
-            shown = shown.gather(2, order.indices)
+        chosen = best.indices if candidates is None else candidates.gather(2, best.indices)
         if only is not None and self.chosen is not None:
             keep = ~only[:, None, None]
             chosen = torch.where(keep, self.chosen, chosen)
@@ -427,8 +424,10 @@ class RetrievalLayer(KVLayer):
     def places_of(self, candidates: Tensor | None, shape: torch.Size) -> Tensor:
         """Places in the text of the indexed tokens, or of some, `(B, 1 or K, M)`."""
         if self.places is None:
-            stored = torch.arange(shape[2]) if candidates is None else candidates
-            return (stored.to(self.full[0].data.device) + self.sinks).expand(shape[0], -1, -1)
+            if candidates is not None:
+                return candidates + self.sinks
+            device = self.full[0].data.device
+            return torch.arange(self.sinks, self.sinks + shape[2], device=device).expand(shape[0], 1, -1)
         if candidates is None:
             return self.places
         return self.places.expand(-1, candidates.shape[1], -1).gather(2, candidates)

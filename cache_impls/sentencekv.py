@@ -159,12 +159,12 @@ class SentenceKVLayer(RetrievalLayer):
             self.sentences.extend(missing, self.batch_size, self.device, None, None)
         return self.sentences
 
-    def forced(self, places: Tensor) -> Tensor | None:
+    def forced(self, candidates: Tensor | None, shape: torch.Size) -> Tensor | None:
         """The sentence being written."""
         length = self._read().open_length(self.batch_size, self.device)
         if not bool((length > self.newest).any()):
             return None
-        return places >= (self.seen - length)[:, None, None]
+        return self.places_of(candidates, shape) >= (self.seen - length)[:, None, None]
 
     def reopened(self) -> Tensor | None:
         ends = self._read().ends
@@ -186,10 +186,11 @@ class SentenceKVLayer(RetrievalLayer):
         self.asked_sum = torch.where(started, fresh, self.asked_sum + fresh)
         self.asked_count = torch.where(started, torch.ones_like(self.asked_count), self.asked_count + 1)
 
-    def asked(self, rows: Tensor, length: int) -> Tensor:
+    def scores(self, rows: Tensor, length: int) -> tuple[Tensor, Tensor | None]:
         if self.asked_sum is None or self.asked_count is None:
-            return rows
-        return (self.asked_sum / self.asked_count)[:, :, None]
+            return super().scores(rows, length)
+        assert self.index is not None
+        return self.index.score((self.asked_sum / self.asked_count)[:, :, None])
 
     @property
     def dropped(self) -> bool:
@@ -210,7 +211,7 @@ class SentenceKVLayer(RetrievalLayer):
         visible = self._visible(query.shape[2])
         assert visible is not None
         stored = [all_rows(store).contiguous() for store in self.stores]
-        hidden = self._hidden_at(self.places_of(None, stored[0].shape[:1] + stored[0].shape[1:3]))
+        hidden = self._hidden_at(self.places_of(None, stored[0].shape))
         shown = None if hidden is None else ~hidden[:, :, None, None]
         outputs = []
         for start in range(0, query.shape[2], MAX_IN_SPACE_ROWS):

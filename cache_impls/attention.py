@@ -118,8 +118,10 @@ def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """Type matrix products run in: float32 where the processor has no 16-bit products, forty times slower there."""
     if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
         return dtype
-    supported = torch.ops.mkldnn._is_mkldnn_bf16_supported if dtype == torch.bfloat16 else (
-        torch.ops.mkldnn._is_mkldnn_fp16_supported
+    supported = (
+        torch.ops.mkldnn._is_mkldnn_bf16_supported
+        if dtype == torch.bfloat16
+        else (torch.ops.mkldnn._is_mkldnn_fp16_supported)
     )
     return dtype if supported() else torch.float32
 

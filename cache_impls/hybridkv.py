@@ -30,7 +30,6 @@ from hf_ext.cache_impls.retrieval import Codes, TokenIndex, product
 from hf_ext.cache_impls.retrieval_cache import RetrievalCache
 from hf_ext.cache_impls.retrieval_layer import RetrievalConfig, RetrievalLayer, all_rows
 from hf_ext.cache_impls.rows import take
-from hf_ext.cache_impls.store import CHUNK
 from hf_ext.errors import ConfigError
 
 
@@ -74,7 +73,9 @@ class HybridKVConfig(RetrievalConfig):
     def validate(self) -> None:
         super().validate()
         self.check(self.value_rank is None or self.value_rank >= 1, "value_rank", "must be at least 1")
-        self.check(self.ratio is None or 0 < self.ratio < 1, "ratio", "must lie in (0, 1); leave it out to keep all tokens")
+        self.check(
+            self.ratio is None or 0 < self.ratio < 1, "ratio", "must lie in (0, 1); leave it out to keep all tokens"
+        )
         self.check(self.max_bytes is None or self.max_bytes > 0, "max_bytes", "must be positive")
         self.check(
             self.ratio is None or self.max_bytes is None, "ratio", "cannot be combined with max_bytes; set one of them"
@@ -148,7 +149,8 @@ class HybridKVLayer(RetrievalLayer):
 
     def need(self, rows: list[Tensor], valid: Tensor | None) -> Tensor:
         """How much worse than others the codes give each token back, key and value together, `(B, K, M)`."""
-        assert self.index is not None and self.value_codes is not None
+        assert self.index is not None
+        assert self.value_codes is not None
         total = torch.zeros(rows[0].shape[:3], device=rows[0].device)
         for tokens, codes, moment in ((rows[0], self.index.codes, self.moment), (rows[1], self.value_codes, None)):
             error = tokens.float() - codes.decoded(tokens)
@@ -191,7 +193,8 @@ class HybridKVLayer(RetrievalLayer):
         return min(max(kept, 0), middle), (ranks[0], ranks[1])
 
     def extend(self, rows: list[Tensor], hidden: Tensor | None, places: Tensor) -> None:
-        assert self.index is not None and self.value_codes is not None
+        assert self.index is not None
+        assert self.value_codes is not None
         known = self.index.length
         self.index.append(rows[0])
         self.value_codes.append(rows[1])
@@ -242,7 +245,8 @@ class HybridKVLayer(RetrievalLayer):
 
     def remainder(self, rows: Tensor) -> list[Segment]:
         """All tokens by their codes, but those that take part at full rank."""
-        assert self.index is not None and self.value_codes is not None
+        assert self.index is not None
+        assert self.value_codes is not None
         keys, values = self.index.codes, self.value_codes
         exact = self.kept_tokens.long() if self.attends_to_store and self.kept_tokens is not None else self.chosen
         hidden = None
@@ -266,7 +270,8 @@ class HybridKVLayer(RetrievalLayer):
     def materialize(self) -> tuple[Tensor, Tensor]:
         if not self.stores or self.kept_tokens is None:
             return super().materialize()
-        assert self.index is not None and self.value_codes is not None
+        assert self.index is not None
+        assert self.value_codes is not None
         states = []
         for edge, store, codes in zip(self.full, self.stores, (self.index.codes, self.value_codes)):
             middle = codes.decode().to(edge.data.dtype)

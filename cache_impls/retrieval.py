@@ -143,6 +143,8 @@ class TokenIndex:
     ):
         valid = None if hidden is None else ~hidden[:, 0]
         self.codes = Codes(keys, rank, valid, moment)
+        if hidden is not None:
+            self.codes.rows.rows.masked_fill_(hidden[..., None], 0)  # an average key: padding must not mark a page
         self.scanned = sys.maxsize if budget is None else max(SCANNED_TOKENS, SCANNED_BUDGETS * budget)
         self.candidates = 0 if budget is None else max(CANDIDATES, CANDIDATE_BUDGETS * budget)
         self.pages: list[RowBuffer] = []  # mean and variance of the codes of each page, (B, K, P, PAGE_RANK)
@@ -189,7 +191,9 @@ class TokenIndex:
         places = (chosen[..., None] * PAGE + torch.arange(PAGE, device=query.device)).flatten(2)
         # Pages are read as wide rows, which is many times faster than their tokens one by one.
         stored, rank = self.codes.rows, self.codes.rank
-        candidates = take(stored.data.unflatten(2, (-1, PAGE)).flatten(3), chosen).unflatten(3, (PAGE, rank)).flatten(2, 3)
+        candidates = (
+            take(stored.data.unflatten(2, (-1, PAGE)).flatten(3), chosen).unflatten(3, (PAGE, rank)).flatten(2, 3)
+        )
         paged = self.pages[0].length * PAGE
         candidates = torch.cat([candidates, stored.rows[:, :, paged:]], dim=2)
         rest = torch.arange(paged, self.length, device=query.device).expand(*places.shape[:2], -1)
@@ -203,7 +207,7 @@ class TokenIndex:
         mean, variance = self.pages
         part = query[..., : mean.data.shape[-1]]
         spread = product(part.square(), variance).sqrt_()
-        weight = softmax_mean(product(part, mean).add_(spread, alpha=PAGE_SPREAD))
+        weight = best_of_heads(product(part, mean).add_(spread, alpha=PAGE_SPREAD))
         count = min(self.candidates // PAGE, weight.shape[-1])
         return weight.topk(count, dim=-1, sorted=False).indices.sort(-1).values
 
@@ -260,7 +264,9 @@ class PageIndex:
         scores = product(query, self.bounds).repeat_interleave(PAGE, dim=-1)
         if self.rest.shape[2]:
             bound = torch.maximum(self.rest.amax(2, keepdim=True) * rows, self.rest.amin(2, keepdim=True) * rows)
-            scores = torch.cat([scores, bound.float().sum(-1, keepdim=True).expand(-1, -1, -1, self.rest.shape[2])], -1)
+            scores = torch.cat(
+                [scores, bound.float().sum(-1, keepdim=True).expand(-1, -1, -1, self.rest.shape[2])], -1
+            )
         assert dim * 2 == self.bounds.data.shape[-1]
         return scores, None
 
@@ -336,21 +342,16 @@ def product(query: Tensor, keys: RowBuffer, slack: bool = False) -> Tensor:
     return scores if slack else scores[..., : keys.length]
 
 
-def softmax_mean(scores: Tensor, groups: int = 1) -> Tensor:
-    """What the queries of a key/value head ask for: softmax over the tokens, the largest over the new tokens, the mean over
-    the query heads.
+def best_of_heads(scores: Tensor) -> Tensor:
+    """What any query of a key/value head asks for most: each query's scores less its best, the largest over the queries.
 
     Args:
         scores (`Tensor`): `(B, K, G * Q, N)`.
-        groups (`int`): query heads a key/value head (G); 1 takes the mean over all rows.
 
     Returns:
-        `Tensor`: `(B, K, N)`.
+        `Tensor`: `(B, K, N)`, at most 0.
     """
-    weights = torch.softmax(scores, dim=-1)
-    if groups > 1 and scores.shape[2] > groups:
-        weights = weights.unflatten(2, (groups, -1)).amax(3)
-    return weights.mean(2)
+    return (scores - scores.amax(-1, keepdim=True)).amax(2)
 
 
 def spread_forward(weights: Tensor, steps: int) -> Tensor:

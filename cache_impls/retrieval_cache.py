@@ -26,7 +26,9 @@ class RetrievalCache(KVCache):
     config_class: ClassVar[type[RetrievalConfig]]
     config: Any
 
-    def __init__(self, model: PreTrainedModel | PreTrainedConfig, config: RetrievalConfig | dict[str, Any] | None = None):
+    def __init__(
+        self, model: PreTrainedModel | PreTrainedConfig, config: RetrievalConfig | dict[str, Any] | None = None
+    ):
         self.config = self.read_config(config)
         super().__init__(model)
 

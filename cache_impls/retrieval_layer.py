@@ -31,8 +31,8 @@ from hf_ext.cache_impls.retrieval import (
     PageIndex,
     SentenceIndex,
     TokenIndex,
+    best_of_heads,
     query_moment,
-    softmax_mean,
     spread_forward,
 )
 from hf_ext.cache_impls.rows import split_top, take
@@ -281,9 +281,7 @@ class RetrievalLayer(KVLayer):
         self.stores = [self.make_store(tokens) for tokens in kept]
         self.slots, self.chosen, self.shown = [], None, None
 
-    def _importance(
-        self, key: Tensor, context: dict[str, Any] | None, places: Tensor | None = None
-    ) -> Tensor:
+    def _importance(self, key: Tensor, context: dict[str, Any] | None, places: Tensor | None = None) -> Tensor:
         """Attention that the last queries give to each token, spread over its neighbours, `(B, K, N)` (SnapKV's).
 
         `places` `(B, 1 or K, N)` say where the tokens of `key` stand, if those are not all tokens seen.
@@ -377,16 +375,18 @@ class RetrievalLayer(KVLayer):
 
     def _choose(self, rows: Tensor, length: int, only: Tensor | None) -> None:
         assert self.index is not None
-        groups = rows.shape[2] // length
         scores, candidates = self.scores(rows, length)
+        hidden = None
+        if self.hidden is not None:
+            hidden = self._hidden_at(self.places_of(candidates, scores[:, :, 0].shape))
+            scores = scores.masked_fill(hidden[:, :, None], -torch.inf)
         if isinstance(self.index, SentenceIndex):
             weights = scores[:, :, 0]
         else:
-            weights = spread_forward(softmax_mean(scores, groups), self.config.refresh)
+            weights = spread_forward(best_of_heads(scores), self.config.refresh)
+            if hidden is not None:
+                weights = weights.masked_fill(hidden, -torch.inf)
         weights, candidates = self.restrict(weights, candidates)
-        hidden = None if self.hidden is None else self._hidden_at(self.places_of(candidates, weights.shape))
-        if hidden is not None:
-            weights = weights.masked_fill(hidden, -torch.inf)
         forced = self.forced(candidates, weights.shape)
         allowed = max(0, self.config.token_budget - self.sinks - self.newest - (self.config.refresh - 1))
         if only is not None and self.chosen is not None:
@@ -422,7 +422,7 @@ class RetrievalLayer(KVLayer):
         return chosen
 
     def places_of(self, candidates: Tensor | None, shape: torch.Size) -> Tensor:
-        """Places in the text of the indexed tokens, or of some, `(B, 1 or K, M)`."""
+        """Places in the text of the indexed tokens, or of some, `(B, 1 or K, M)`; `shape` is `(B, K, M)`."""
         if self.places is None:
             if candidates is not None:
                 return candidates + self.sinks

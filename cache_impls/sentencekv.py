@@ -34,7 +34,6 @@ from hf_ext.cache_impls.retrieval_layer import Index, RetrievalConfig, Retrieval
 from hf_ext.cache_impls.sentence_map import SentenceMap
 from hf_ext.cache_impls.sentencekv_paper import PaperLayer
 from hf_ext.cache_impls.sentences import resolve_boundaries
-from hf_ext.errors import ConfigError
 from hf_ext.log import get_logger, warn_once
 
 
@@ -97,9 +96,7 @@ class SentenceKVConfig(RetrievalConfig):
         self.check(self.mode != "paper" or number, "keep", 'must be a number with mode="paper", for example 3.0')
         if number:
             kept = int(self.keep * self.token_budget)  # type: ignore[operator]
-            self.check(
-                kept > self.query_window, "query_window", f"must be below keep * token_budget = {kept}"
-            )
+            self.check(kept > self.query_window, "query_window", f"must be below keep * token_budget = {kept}")
 
 
 class SentenceKVLayer(RetrievalLayer):

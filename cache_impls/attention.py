@@ -203,7 +203,12 @@ def segment_attention(segments: list[Segment], groups: int, softcap: float | Non
         if part.exclude is not None:
             index = part.exclude.flatten(0, 1)[:, None].expand(-1, rows, -1)
             area.scatter_(2, index, lowest)
-    weights = torch.softmax(logits, dim=-1)
+    if dtype == torch.float32:
+        # In place, and divided by its sum at the end: over long storage a second matrix costs more than its arithmetic.
+        weights = logits.sub_(logits.amax(-1, keepdim=True)).exp_()
+        total = weights.sum(-1, keepdim=True)
+    else:
+        weights, total = torch.softmax(logits, dim=-1), None
     output = torch.zeros((), dtype=logits.dtype, device=logits.device)
     for part, start, end in zip(segments, bounds, bounds[1:]):
         share = weigh_rows(weights[..., start:end], part.values.flatten(0, 1))
@@ -212,6 +217,8 @@ def segment_attention(segments: list[Segment], groups: int, softcap: float | Non
         if part.offset is not None:
             share += weights[..., start:end].sum(-1, keepdim=True) * part.offset.flatten(0, 1)
         output = share if output.dim() == 0 else output.add_(share)
+    if total is not None:
+        output = output.div_(total)
     return output.view(batch, kv_heads, rows, -1).to(segments[0].query.dtype)
 
 

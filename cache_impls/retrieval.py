@@ -35,9 +35,7 @@ PAGE = 16  # tokens
 SCANNED_TOKENS, SCANNED_BUDGETS = 8192, 8
 CANDIDATES, CANDIDATE_BUDGETS = 4096, 4
 # How far above its mean score the best token of a page is expected, in standard deviations.
-PAGE_SPREAD = 2.0
-# Coordinates the pages are compared by.
-PAGE_RANK = 16
+PAGE_SPREAD = 3.0
 # Newest stored tokens that are candidates always, whatever their page.
 UNPAGED = 256
 
@@ -147,7 +145,8 @@ class TokenIndex:
             self.codes.rows.rows.masked_fill_(hidden[..., None], 0)  # an average key: padding must not mark a page
         self.scanned = sys.maxsize if budget is None else max(SCANNED_TOKENS, SCANNED_BUDGETS * budget)
         self.candidates = 0 if budget is None else max(CANDIDATES, CANDIDATE_BUDGETS * budget)
-        self.pages: list[RowBuffer] = []  # mean and variance of the codes of each page, (B, K, P, PAGE_RANK)
+        self.pages: list[RowBuffer] = []  # mean codes of each page, (B, K, P, R), and how far they spread, (B, K, P, 1)
+        self.usual: Tensor | None = None  # (B, K, 1, R), variance of the codes within a page, on average
         self._add_pages()
 
     @property
@@ -163,12 +162,15 @@ class TokenIndex:
         if self.length <= self.scanned:
             return
         known = self.pages[0].length if self.pages else 0
-        rank = min(PAGE_RANK, self.codes.rank)
-        fresh = self.codes.rows.rows[:, :, known * PAGE : (self.length - UNPAGED) // PAGE * PAGE, :rank]
+        fresh = self.codes.rows.rows[:, :, known * PAGE : (self.length - UNPAGED) // PAGE * PAGE]
         if fresh.shape[2] == 0:
             return
         codes = fresh.unflatten(2, (-1, PAGE)).float()
-        rows = [codes.mean(3).to(torch.bfloat16), codes.var(3, unbiased=False).to(torch.bfloat16)]
+        variance = codes.var(3, unbiased=False)
+        if self.usual is None:
+            self.usual = variance.mean(2, keepdim=True).clamp_min(1e-6)
+        spread = (variance / self.usual).mean(-1, keepdim=True).sqrt()
+        rows = [codes.mean(3).to(torch.bfloat16), spread.to(torch.bfloat16)]
         if not self.pages:
             self.pages = [RowBuffer(statistic) for statistic in rows]
             return
@@ -204,10 +206,10 @@ class TokenIndex:
 
     def _promising_pages(self, query: Tensor) -> Tensor:
         """The pages where the tokens with the best scores are expected, `(B, K, P)`, ascending."""
-        mean, variance = self.pages
-        part = query[..., : mean.data.shape[-1]]
-        spread = product(part.square(), variance).sqrt_()
-        weight = best_of_heads(product(part, mean).add_(spread, alpha=PAGE_SPREAD))
+        assert self.usual is not None
+        mean, spread = self.pages
+        reach = PAGE_SPREAD * (query.square() * self.usual).sum(-1, keepdim=True).sqrt()
+        weight = best_of_heads(product(query, mean).addcmul_(reach, spread.rows.float().mT))
         count = min(self.candidates // PAGE, weight.shape[-1])
         return weight.topk(count, dim=-1, sorted=False).indices.sort(-1).values
 
@@ -215,10 +217,12 @@ class TokenIndex:
         return [self.codes.rows, *self.pages]
 
     def tensors(self) -> list[Tensor]:
-        return [*(buffer.data for buffer in self.buffers()), *self.codes.bases()]
+        usual = [] if self.usual is None else [self.usual]
+        return [*(buffer.data for buffer in self.buffers()), *self.codes.bases(), *usual]
 
     def reorder(self, index: Tensor) -> None:
         self.codes.reorder(index)
+        self.usual = None if self.usual is None else self.usual[index]
         for buffer in self.pages:
             buffer.reorder(index)
 

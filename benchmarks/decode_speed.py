@@ -1,17 +1,19 @@
-"""Time of one decode step, cache and attention together, in one layer of Llama-3.2-1B's shape.
+"""Time of one decode step, cache and attention together, in one layer of Llama-3.2-1B's shape, and resident bytes.
 
-    python benchmarks/decode_speed.py [--lengths 8192 32768] [--steps 136] [--out benchmarks/results/decode_speed.json]
+    python benchmarks/decode_speed.py [--lengths 8192 32768 131072] [--steps 136] [--out benchmarks/results/decode_speed.json]
 
 Every system appends one token and attends with one query over random keys and values of the same prompt, on one thread.
 A step is timed by `process_time`; systems take turns step by step, so that a change of the machine's speed meets all of
-them. Means and ratios are of total time, over enough steps that ojakv updates its bases twice; the slowest step is one. StaticCache is given the final length in advance. Ranks
-depend on shapes and budget alone (`allocation="equal"`), so random tensors time what real ones would.
+them. Means and ratios are of total time, over enough steps that ojakv updates its bases twice; the slowest step is one.
+StaticCache is given the final length in advance. Beyond `DENSE_LENGTH` only the retrieval caches run, 40 steps. What the
+caches do depends on shapes and budgets, not on values, so random tensors time what real ones would.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import tempfile
 import time
 
 import torch
@@ -20,8 +22,9 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache, LlamaConfig, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from hf_ext import OjaKVCache, OjaKVConfig, PackedCache
+from hf_ext import HybridKVCache, OjaKVCache, OjaKVConfig, PackedCache, SentenceKVCache
 from hf_ext.cache_impls.attention import ATTENTION_NAME, kv_attention_forward
+from hf_ext.cache_impls.base import storage_bytes
 from hf_ext.table import Row, write_rows
 
 
@@ -33,7 +36,25 @@ SYSTEMS = {
     "ojakv 0.6": lambda config, length: OjaKVCache(config, OjaKVConfig(ratio=0.6)),
     "ojakv 0.4": lambda config, length: OjaKVCache(config, OjaKVConfig(ratio=0.4)),
     "ojakv 0.3": lambda config, length: OjaKVCache(config, OjaKVConfig(ratio=0.3)),
+    "sentencekv": lambda config, length: SentenceKVCache(config, {"token_budget": BUDGET}),
+    "sentencekv, refresh 1": lambda config, length: SentenceKVCache(config, {"token_budget": BUDGET, "refresh": 1}),
+    "sentencekv, refresh 8": lambda config, length: SentenceKVCache(config, {"token_budget": BUDGET, "refresh": 8}),
+    "sentencekv, page bound": lambda config, length: SentenceKVCache(
+        config, {"token_budget": BUDGET, "score": "page_bound", "refresh": 1}
+    ),
+    "sentencekv, on disk": lambda config, length: SentenceKVCache(
+        config, {"token_budget": BUDGET, "offload_dir": tempfile.gettempdir()}
+    ),
+    "hybridkv": lambda config, length: HybridKVCache(config, {"token_budget": BUDGET}),
+    "hybridkv, on disk": lambda config, length: HybridKVCache(
+        config, {"token_budget": BUDGET, "offload_dir": tempfile.gettempdir()}
+    ),
 }
+OURS = ("packed", "ojakv", "sentencekv", "hybridkv")
+RETRIEVAL = ("sentencekv", "hybridkv")
+BUDGET = 1024
+DENSE_LENGTH = 32768
+PROMPT_QUERIES = 512  # the last ones of the prompt, for indexes and anchors
 
 
 class Layer(nn.Module):
@@ -56,34 +77,55 @@ def make_config(ours: bool) -> LlamaConfig:
 
 class System:
     def __init__(self, name: str, length: int, steps: int):
-        self.ours = name.split()[0] in ("packed", "ojakv")
+        self.ours = method(name) in OURS and not name.endswith("Cache")
         self.static, self.module = name == "StaticCache", Layer()
         self.cache = SYSTEMS[name](make_config(self.ours), length + steps)
         self.size = length + steps
+
+    def fill(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Takes the prompt in without attention over it, which would outlast everything measured here."""
+        if not self.ours:
+            self.cache.update(key, value, 0)
+            return
+        layer = self.cache.layers[0]
+        layer.lazy_initialization(key, value)
+        layer.seen = key.shape[2]
+        layer.absorb_prompt(key, value, {"query": query, "mask": None, "scaling": DIM**-0.5, "position_ids": None})
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         keys, values = self.cache.update(key, value, 0)
         mask = None
         if self.static:  # the unused tail must be masked, as the library's mask does
-            seen = int(self.cache.get_seq_length())
-            mask = (torch.arange(self.size) < seen)[None, None, None] if query.shape[2] == 1 else None
+            mask = (torch.arange(self.size) < int(self.cache.get_seq_length()))[None, None, None]
         attention = kv_attention_forward if self.ours else sdpa_attention_forward
         return attention(self.module, query, keys, values, mask, scaling=DIM**-0.5)[0]
+
+    def megabytes(self) -> float:
+        layer = self.cache.layers[0]
+        nbytes = self.cache.nbytes() if self.ours else storage_bytes([layer.keys, layer.values])
+        return nbytes / 1e6
+
+
+def method(name: str) -> str:
+    """The row of the registry a system belongs to; peers count with `packed`."""
+    first = name.replace(",", " ").split()[0]
+    return first if first in OURS else "packed"
 
 
 def tokens(count: int, heads: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(1, heads, count, DIM).to(dtype)
 
 
-def measure(length: int, dtype: torch.dtype, steps: int) -> dict[str, list[float]]:
-    """Milliseconds of each step, by system."""
+def measure(length: int, dtype: torch.dtype, steps: int) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Milliseconds of each step, and megabytes at the end, by system."""
     warmup = 3
     torch.manual_seed(0)
-    prompt = tokens(length, HEADS, dtype), tokens(length, KV_HEADS, dtype), tokens(length, KV_HEADS, dtype)
+    prompt = [tokens(count, heads, dtype) for count, heads in ((PROMPT_QUERIES, HEADS), *[(length, KV_HEADS)] * 2)]
+    names = [name for name in SYSTEMS if length <= DENSE_LENGTH or method(name) in RETRIEVAL]
     systems = {}
-    for name in SYSTEMS:
+    for name in names:
         systems[name] = System(name, length, steps + warmup)
-        systems[name](*prompt)
+        systems[name].fill(*prompt)
     times: dict[str, list[float]] = {name: [] for name in systems}
     for step in tqdm(range(steps + warmup), desc=f"{length} {dtype}", leave=False):
         new = tokens(1, HEADS, dtype), tokens(1, KV_HEADS, dtype), tokens(1, KV_HEADS, dtype)
@@ -92,7 +134,7 @@ def measure(length: int, dtype: torch.dtype, steps: int) -> dict[str, list[float
             system(*new)
             if step >= warmup:
                 times[name].append(1e3 * (time.process_time() - start))
-    return times
+    return times, {name: system.megabytes() for name, system in systems.items()}
 
 
 def ratio(slow: list[float], fast: list[float]) -> tuple[float, float]:
@@ -104,28 +146,37 @@ def ratio(slow: list[float], fast: list[float]) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 32768, 131072])
     parser.add_argument("--steps", type=int, default=136)
     parser.add_argument("--out", default="benchmarks/results/decode_speed.json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows = []
+    rows: list[Row] = []
+
+    def add(name: str, setting: str, metric: str, value: float, unit: str, n: int = 1, spread: float = 0.0) -> None:
+        rows.append(Row(method(name), name, setting, metric, round(value, 3), unit, n, round(spread, 3)))
+        print(f"{setting:50s} {name:24s} {metric:24s} {value:8.2f} {unit} +- {spread:.2f}", flush=True)
+
+    first: dict[str, float] = {}
     for length in arguments.lengths:
         for dtype in (torch.float32, torch.bfloat16):
+            dense = length <= DENSE_LENGTH
             with torch.no_grad():
-                times = measure(length, dtype, arguments.steps)
-            setting = f"Llama-3.2-1B layer, {length // 1024}K, {str(dtype).removeprefix('torch.')}, 1 thread"
+                times, sizes = measure(length, dtype, arguments.steps if dense else min(arguments.steps, 40))
+            kind = str(dtype).removeprefix("torch.")
+            setting = f"Llama-3.2-1B layer, {length // 1024}K, {kind}, 1 thread"
             for name, values in times.items():
-                method = name.split()[0] if name.split()[0] in ("packed", "ojakv") else "packed"
-                for metric, unit, (middle, spread) in (
-                    ("decode step", "ms", (statistics.mean(values), statistics.stdev(values))),
-                    ("slowest decode step", "ms", (max(values), 0.0)),
-                    ("speed over DynamicCache", "x", ratio(times["DynamicCache"], values)),
-                    ("speed over packed", "x", ratio(times["packed"], values)),
-                ):
-                    n = len(values) if spread else 1
-                    rows.append(Row(method, name, setting, metric, round(middle, 3), unit, n, round(spread, 3)))
-                    print(f"{setting:52s} {name:14s} {metric:24s} {middle:8.2f} {unit} +- {spread:.2f}")
+                add(name, setting, "decode step", statistics.mean(values), "ms", len(values), statistics.stdev(values))
+                add(name, setting, "resident bytes", sizes[name], "MB")
+                if length == 8192:
+                    first[name + kind] = statistics.mean(values)
+                elif not dense and name + kind in first:
+                    add(name, setting, "time over that at 8K", statistics.mean(values) / first[name + kind], "x")
+                if dense:
+                    add(name, setting, "slowest decode step", max(values), "ms")
+                    for peer in ("DynamicCache", "packed"):
+                        middle, spread = ratio(times[peer], values)
+                        add(name, setting, f"speed over {peer}", middle, "x", len(values), spread)
     write_rows(arguments.out, rows)
 
 

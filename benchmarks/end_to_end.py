@@ -1,6 +1,6 @@
 """A real model from prompt to decoding: time to first token, tokens per second, bytes, per cache.
 
-    python benchmarks/end_to_end.py [--model NAME] [--length 8192] [--steps 136] [--rounds 2]
+    python benchmarks/end_to_end.py [--model NAME] [--length 8192] [--steps 72] [--rounds 2]
                                     [--out benchmarks/results/end_to_end.json]
 
 The prompt is BBC news, repeated articles excluded, run through the embedded SmolLM2-135M unless `--model` names another.
@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
-from hf_ext import OjaKVCache, OjaKVConfig, PackedCache
+from hf_ext import HybridKVCache, OjaKVCache, OjaKVConfig, PackedCache, SentenceKVCache
 from hf_ext.cache_impls.base import storage_bytes
 from hf_ext.models import load_bbc, load_model
 from hf_ext.table import Row, write_rows
@@ -29,8 +29,10 @@ from hf_ext.table import Row, write_rows
 SYSTEMS: dict[str, Callable[[PreTrainedModel], Any]] = {
     "DynamicCache": lambda model: DynamicCache(config=model.config),
     "packed": PackedCache,
-    "ojakv 0.6": lambda model: OjaKVCache(model, OjaKVConfig(ratio=0.6)),
     "ojakv 0.4": lambda model: OjaKVCache(model, OjaKVConfig(ratio=0.4)),
+    "sentencekv": SentenceKVCache,
+    "sentencekv, refresh 8": lambda model: SentenceKVCache(model, {"refresh": 8}),
+    "hybridkv": HybridKVCache,
 }
 
 
@@ -57,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=None)
     parser.add_argument("--length", type=int, default=8192)
-    parser.add_argument("--steps", type=int, default=136)
+    parser.add_argument("--steps", type=int, default=72)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--out", default="benchmarks/results/end_to_end.json")
     arguments = parser.parse_args()
@@ -78,7 +80,8 @@ def main() -> None:
         setting = f"{name_of_model}, {arguments.length // 1024}K prompt, {str(dtype).removeprefix('torch.')}, 1 thread"
         dense = runs["DynamicCache"]
         for name, values in runs.items():
-            method = "ojakv" if name.startswith("ojakv") else "packed"
+            first = name.replace(",", " ").split()[0]
+            method = first if first in ("ojakv", "sentencekv", "hybridkv") else "packed"
             for metric, unit, samples in (
                 ("tokens per second", "1/s", [1 / run[1] for run in values]),
                 ("decode speed over DynamicCache", "x", [d[1] / run[1] for d, run in zip(dense, values)]),

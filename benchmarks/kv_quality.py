@@ -39,7 +39,8 @@ from tqdm.auto import tqdm
 from transformers import AttentionInterface, DynamicCache, QuantizedCache
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from hf_ext import OjaKVCache, OjaKVConfig, PackedCache
+from hf_ext import HybridKVCache, HybridKVConfig, OjaKVCache, OjaKVConfig, PackedCache
+from hf_ext.cache_impls.hybridkv import CODE_PART
 from hf_ext.models import load_bbc, load_model
 from hf_ext.table import Row, write_rows
 
@@ -240,9 +241,22 @@ def systems(ratios: list[float]) -> dict[tuple[str, str], Callable]:
         table["ojakv pre-rope", budget] = lambda m, i, s, r=ratio: run_cache(
             m, i, lambda model: OjaKVCache(model, OjaKVConfig(ratio=r, key_space="pre"))
         )
+        table["hybridkv", budget] = lambda m, i, s, r=ratio: run_hybrid(m, i, r)
         for name, peer in peers.AT_RATIO.items():
             table[name, budget] = lambda m, i, s, peer=peer, r=ratio: run_peer(m, i, s, peer, r)
     return table
+
+
+def run_hybrid(model, item: Item, ratio: float) -> tuple[float, float]:
+    """Hybridkv within a byte budget by the convention: its codes take one byte, half of a 16-bit element, in any model."""
+    head_dim = model.config.head_dim
+    rank = max(1, int(CODE_PART * ratio * 2 * head_dim * peers.ELEMENT / 2))
+    size = model.dtype.itemsize
+    here = ratio - 2 * rank / (2 * head_dim) * (1 / peers.ELEMENT - 1 / size)
+    config = HybridKVConfig(ratio=here, index_rank=rank, value_rank=rank)
+    value, share = run_cache(model, item, lambda model: HybridKVCache(model, config))
+    codes = 2 * rank / (2 * head_dim) * (1 / peers.ELEMENT - 1 / size)
+    return value, share + codes
 
 
 def _fingerprint(item: Item, model_name: str) -> str:
@@ -315,7 +329,7 @@ def summarise(results: list[tuple]) -> list[Row]:
         metric = "loss above dense" if setting.startswith("BBC") else "loss of the code"
         where = f"{setting}, {budget}" if budget else setting
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
-        method = "packed" if system == "packed" else "ojakv"
+        method = system if system in ("packed", "hybridkv") else "ojakv"
         rows.append(
             Row(
                 method, system, where, metric, round(statistics.mean(values), 5), "nats", len(values), round(spread, 5)
@@ -334,7 +348,7 @@ def main() -> None:
     parser.add_argument("--needles", type=int, default=20, help="codes in each form of the question; 0 for none")
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 2048, 4096])
     parser.add_argument("--needle-contexts", type=int, nargs="+", default=[1024, 2048])
-    parser.add_argument("--ratios", type=float, nargs="+", default=[0.6, 0.4])
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.6, 0.4, 0.28, 0.14])
     parser.add_argument("--systems", nargs="+", default=None, help="only these (dense is always measured)")
     parser.add_argument(
         "--state", default=None, help="file of finished measurements; in the temporary folder if absent"

@@ -5,13 +5,14 @@
 
 A retrieval cache reads a small part of the prompt at every step and drops none of it, or little. The budget counts all
 full-rank tokens of the prompt that a key/value head attends to in one step: the first 32, the last 32 and those chosen.
-Generated tokens come on top for every system.
+Generated tokens come on top for peers; ours pay from the budget for all of theirs but the newest.
 
 Peers are in `retrieval_peers.py`. The prompt is read once by the dense model in float32; its state is captured and given
 to all of them. A peer chooses afresh for every query and for each key/value head, so one forward of all following tokens,
 with a mask for every row, is what decoding token by token would compute. Our caches run for real, through
-`past_key_values`, and are fed one token at a time as `generate` does. "sentencekv paper" is the published method: run
-for real too where losses are measured, its selection alone (one set for a group of heads) where attention is.
+`past_key_values`, and are fed one token at a time as `generate` does; for the prompt, a Llama model only repeats to them
+what the dense pass computed (`replayed`). "sentencekv paper" is the published method: run for real too where losses are
+measured, its selection alone (one set of tokens for a group of heads) where attention is.
 
 Attention mass: share of the attention to the middle of the prompt, neither its first nor its last 32 tokens, that 128
 chosen tokens of the middle catch; 64 queries of the text that follows, mean over layers and heads.
@@ -34,6 +35,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -47,6 +49,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 import hf_ext
 from hf_ext import OjaKVCache, OjaKVConfig
+from hf_ext.cache_impls import retrieval
 from hf_ext.cache_impls.sentences import is_boundary, resolve_boundaries
 from hf_ext.models import load_model
 from hf_ext.table import Row, write_rows
@@ -57,7 +60,7 @@ import kv_quality  # noqa: E402
 import peers  # noqa: E402
 import retrieval_peers  # noqa: E402
 from kv_quality import NAMES, Item  # noqa: E402
-from retrieval_peers import RECENT, SELECTIONS, SELECTORS, SINKS, Prompt, Selector  # noqa: E402
+from retrieval_peers import ELEMENT, RECENT, SELECTIONS, SELECTORS, SINKS, Prompt, Selector  # noqa: E402
 
 
 MASS_QUERIES, MASS_SELECTED = 64, 128
@@ -149,30 +152,87 @@ def _needle(tokenizer, item: Item, decoy: bool, form: str) -> Item:
     return Item(item.name, setting, torch.tensor(head + hay + question + answer)[None], prompt, item.scored)
 
 
-def capture(model, ids: Tensor, prompt: int, boundary: Tensor) -> tuple[list[Prompt], list[Tensor]]:
-    """Reads a text densely: every layer's state after the first `prompt` tokens, and the queries of the others."""
-    model.set_attn_implementation("retrieval_capture")
-    _captured.clear()
-    model.model(ids, use_cache=False)
-    layers = list(_captured)
-    _captured.clear()
-    cos, sin = model.model.rotary_emb(layers[0][1], torch.arange(prompt)[None])
-    states = [Prompt(*(x[:, :, :prompt] for x in layer), cos=cos, sin=sin, boundary=boundary) for layer in layers]
-    return states, [query[:, :, prompt:] for query, _, _ in layers]
+class Text:
+    """A text read densely: every layer's queries, keys and values of all its tokens."""
+
+    def __init__(self, model, ids: Tensor, boundary: Tensor):
+        model.set_attn_implementation("retrieval_capture")
+        _captured.clear()
+        model.model(ids, use_cache=False)
+        self.ids, self.boundary, self.layers = ids, boundary, list(_captured)
+        _captured.clear()
+        self.cos, self.sin = model.model.rotary_emb(self.layers[0][1], torch.arange(ids.shape[1])[None])
+
+    def prompt(self, length: int) -> list[Prompt]:
+        """Every layer's state after the first `length` tokens."""
+        cos, sin = self.cos[:, :length], self.sin[:, :length]
+        return [
+            Prompt(*(x[:, :, :length] for x in layer), cos=cos, sin=sin, boundary=self.boundary)
+            for layer in self.layers
+        ]
+
+    def queries(self, length: int) -> list[Tensor]:
+        """Every layer's queries after the first `length` tokens."""
+        return [query[:, :, length:] for query, _, _ in self.layers]
 
 
-def our_selection(states: list[Prompt], queries: list[Tensor], selected: int) -> tuple[list[Tensor], float]:
+@contextmanager
+def replayed(model, states: list[Prompt]) -> Iterator[None]:
+    """Within it a forward of the same prompt takes queries, keys and values before RoPE from `states`.
+
+    The cache gets what it would get, and reads it by its own code; what dense attention and the MLPs make of it is not
+    needed a second time, and comes out as zeros. So it is good only for a cache that leaves the prompt's attention dense.
+    Models whose layers are not Llama's run as they are.
+    """
+    patched: list = []
+    attention = F.scaled_dot_product_attention
+    if model.config.model_type == "llama":
+        for layer, state in zip(model.model.layers, states, strict=True):
+            query, key = (peers.unrope(x, state.cos, state.sin) for x in (state.q, state.k))
+            block = layer.self_attn
+            for module, x in ((block.q_proj, query), (block.k_proj, key), (block.v_proj, state.v)):
+                flat = x.transpose(1, 2).flatten(2)
+                module.forward = lambda _, flat=flat: flat
+                patched.append(module)
+            for module in (block.o_proj, layer.mlp):
+                module.forward = lambda x: x.new_zeros(*x.shape[:-1], model.config.hidden_size)
+                patched.append(module)
+        F.scaled_dot_product_attention = lambda query, key, value, *args, **kwargs: torch.zeros_like(query)
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = attention
+        for module in patched:
+            del module.forward
+
+
+def our_selection(
+    states: list[Prompt], queries: list[Tensor], selected: int, share: float = 1 / 2
+) -> tuple[list[Tensor], float]:
     """What `sentencekv` chooses, without the rest of the cache.
 
     Args:
         states: every layer's prompt.
         queries: every layer's queries that follow, `(1, H, m, d)`.
         selected: middle tokens to choose.
+        share: coordinates of the index over the head dimension.
 
     Returns:
         Every layer's choice among the middle tokens, `(K, m, M)`, boolean; the bytes of all layers' indices.
     """
-    raise NotImplementedError("our_selection is not written yet")
+    chosen, nbytes = [], 0
+    for state, q in zip(states, queries, strict=True):
+        kv_heads, dim = state.k.shape[1], state.k.shape[-1]
+        moment = retrieval.query_moment(state.q, kv_heads)
+        keys = retrieval_peers.middle(state, state.k)[None]
+        index = retrieval.TokenIndex(keys, int(share * dim), None, None, moment)
+        nbytes += index.codes.rows.rows.numel() + ELEMENT * sum(t.numel() for t in index.codes.bases())
+        # One query at a time, as decoding asks.
+        grouped = retrieval_peers.grouped(q, kv_heads) * dim**-0.5
+        weights = [retrieval.best_of_heads(index.score(grouped[None, :, :, row])[0])[0] for row in range(q.shape[2])]
+        best = torch.stack(weights, dim=1).topk(selected, dim=-1).indices
+        chosen.append(torch.zeros(*best.shape[:2], keys.shape[2], dtype=torch.bool).scatter_(-1, best, True))
+    return chosen, nbytes
 
 
 def select(states: list[Prompt], queries: list[Tensor], selected: int, peer: Callable) -> tuple[list[Tensor], float]:
@@ -209,46 +269,63 @@ def run_peer(model, item: Item, states: list[Prompt], peer: Callable, budget: in
         _active.clear()
 
 
-def run_stepwise(model, item: Item, cache) -> tuple[float, float]:
-    """Loss and byte share of a real cache that reads the prompt itself and then one token at a time."""
+def run_real(model, item: Item, states: list[Prompt], cache, step: int) -> tuple[float, float]:
+    """Loss and byte share of a real cache that reads the prompt itself and then `step` tokens at a time."""
     model.set_attn_implementation("sdpa")
     if hasattr(cache, "attach"):
         cache.attach(model)
-    model(item.ids[:, : item.prompt], past_key_values=cache, use_cache=True, logits_to_keep=1)
-    text = model.config.get_text_config()
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    dense = item.prompt * text.num_key_value_heads * 2 * head_dim * text.num_hidden_layers * model.dtype.itemsize
-    share = cache.nbytes() / dense
-    tokens = item.ids[:, item.prompt : -1].split(1, 1)
-    logits = [model(token, past_key_values=cache, use_cache=True).logits[0, -1] for token in tokens]
-    return F.cross_entropy(torch.stack(logits[-item.scored :]).float(), item.ids[0, -item.scored :]).item(), share
+    with replayed(model, states):
+        model(item.ids[:, : item.prompt], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    share = stored_bytes(cache, model.dtype.itemsize) / sum(peers.dense_bytes(state) for state in states)
+    blocks = item.ids[:, item.prompt : -1].split(step, 1)
+    logits = torch.cat([model(block, past_key_values=cache, use_cache=True).logits[0] for block in blocks])
+    return F.cross_entropy(logits[-item.scored :].float(), item.ids[0, -item.scored :]).item(), share
+
+
+def stored_bytes(cache, itemsize: int) -> float:
+    """Bytes of a cache by the convention of a 16-bit model; codes take one byte in any."""
+    codes = 0
+    for layer in cache.layers:
+        held = getattr(layer, "index", None), getattr(layer, "value_codes", None)
+        codes += sum(t.data.numel() for part in held if part for t in part_rows(part) if t.data.dtype == torch.int8)
+    return (cache.nbytes() - codes) * ELEMENT / itemsize + codes
+
+
+def part_rows(part) -> list:
+    """The buffers of an index or of codes."""
+    return part.buffers() if hasattr(part, "buffers") else [part.rows]
 
 
 def real_systems(tokenizer) -> dict[str, Callable]:
-    """System -> function of model, item and budget that runs it for real."""
+    """System -> function of model, item, states and budget that runs it for real."""
 
-    def ours(cache: str, config: str, **options) -> Callable:
-        return lambda model, item, budget: run_stepwise(
-            model,
-            item,
-            getattr(hf_ext, cache)(
-                model, getattr(hf_ext, config)(token_budget=budget, **options), tokenizer=tokenizer
-            ),
+    def oja(ratio: float) -> Callable:
+        # It chooses nothing for a query, so a block at once is the same; as in `kv_quality.py`.
+        return lambda model, item, states, budget: run_real(
+            model, item, states, OjaKVCache(model, OjaKVConfig(ratio=ratio)), item.ids.shape[1]
         )
 
-    table: dict[str, Callable] = {}
-    for ratio in (0.6, 0.4):
-        table[f"ojakv {ratio:g}"] = lambda model, item, budget, r=ratio: kv_quality.run_cache(
-            model, item, lambda model: OjaKVCache(model, OjaKVConfig(ratio=r))
-        )
+    def sentence(**options) -> Callable:
+        def run(model, item: Item, states: list[Prompt], budget: int) -> tuple[float, float]:
+            config = hf_ext.SentenceKVConfig(token_budget=budget, **options)
+            return run_real(model, item, states, hf_ext.SentenceKVCache(model, config, tokenizer=tokenizer), 1)
+
+        return run
+
+    def hybrid(**options) -> Callable:
+        def run(model, item: Item, states: list[Prompt], budget: int) -> tuple[float, float]:
+            config = hf_ext.HybridKVConfig(token_budget=budget, **options)
+            return run_real(model, item, states, hf_ext.HybridKVCache(model, config), 1)
+
+        return run
+
+    table: dict[str, Callable] = {"ojakv 0.6": oja(0.6), "ojakv 0.4": oja(0.4)}
     if hasattr(hf_ext, "SentenceKVCache"):
-        sentence = partial(ours, "SentenceKVCache", "SentenceKVConfig")
         table["sentencekv"] = sentence()
         table["sentencekv paper"] = sentence(mode="paper", keep=retrieval_peers.FACTOR)
-        for name, score in VARIANTS.items():
-            table[name] = sentence(score=score)
+        table |= {name: sentence(score=score) for name, score in VARIANTS.items()}
     if hasattr(hf_ext, "HybridKVCache"):
-        table["hybridkv"] = ours("HybridKVCache", "HybridKVConfig")
+        table["hybridkv"] = hybrid()
     return table
 
 
@@ -270,6 +347,7 @@ class Runner:
         }
         if "sentencekv" in systems:
             self.selections["sentencekv"] = our_selection
+            self.selections["sentencekv, rank d/4"] = partial(our_selection, share=1 / 4)
         self.skipped: set[tuple[str, str]] = set()
 
     def names(self, task: Task) -> list[str]:
@@ -279,39 +357,36 @@ class Runner:
         budget = "" if system in FIXED else task.budget
         return f"{kv_quality._fingerprint(task.item, self.model_name)}|{task.measure}|{system}|{budget}"
 
-    def capture(self, task: Task) -> tuple[list[Prompt], list[Tensor]]:
-        item = task.item
-        end = item.prompt + (MASS_QUERIES if task.measure == "mass" else 0)
-        return capture(self.model, item.ids[:, :end], item.prompt, is_boundary(item.ids, self.boundaries)[0])
-
-    def one(self, task: Task, system: str, captured: tuple | None) -> tuple[float, float]:
+    def one(self, task: Task, system: str, text: Text) -> tuple[float, float]:
         """Attention mass and index share, or loss and byte share."""
-        if system in self.real and task.measure != "mass":
-            return self.real[system](self.model, task.item, task.budget)
-        states, queries = captured
+        states = text.prompt(task.item.prompt)
         if task.measure == "mass":
+            queries = text.queries(task.item.prompt)
             chosen, index = self.selections[system](states, queries, MASS_SELECTED)
             keys = sum(state.k.numel() for state in states) * peers.ELEMENT
             return attention_mass(states, queries, chosen), index / keys
         if system == "dense":
             return kv_quality.run_peer(self.model, task.item, states, peers.dense, 1.0)
+        if system in self.real:
+            return self.real[system](self.model, task.item, states, task.budget)
         return run_peer(self.model, task.item, states, self.peers[system], task.budget)
 
     def run(self, tasks: list[Task]) -> Iterator[tuple]:
         """Yields (task, system, value, share)."""
         bar = tqdm(total=sum(len(self.names(task)) for task in tasks), desc="retrieval_quality")
-        captured, of = None, None
+        text: Text | None = None
         for task in tasks:
             for system in self.names(task):
                 key = self.key(task, system)
                 bar.set_postfix_str(f"{task.measure} {task.item.name} {system} {task.budget}")
                 if key not in self.progress.known and (task.measure, system) not in self.skipped:
-                    if task.measure == "mass" or system not in self.real:
-                        if of is not task.item:
-                            captured = None  # frees it before the next one is made
-                            captured, of = self.capture(task), task.item
+                    ids = task.item.ids[:, :-1]
+                    # The same text may be the next item too, with a prompt of another length.
+                    if text is None or not torch.equal(text.ids, ids):
+                        text = None  # freed before the next one is made
+                        text = Text(self.model, ids, is_boundary(ids, self.boundaries)[0])
                     try:
-                        self.progress.add(key, self.one(task, system, captured))
+                        self.progress.add(key, self.one(task, system, text))
                     except NotImplementedError as error:
                         self.skipped.add((task.measure, system))
                         tqdm.write(f"skipped: {task.measure} of {system}: {error}")

@@ -34,7 +34,7 @@ from hf_ext.errors import ConfigError
 
 
 # Part of a byte budget that goes to the codes; the rest keeps tokens at full rank.
-CODE_PART = 0.4
+CODE_PART = 0.2
 
 
 @dataclass

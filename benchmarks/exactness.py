@@ -2,7 +2,8 @@
 
     python benchmarks/exactness.py [--seeds 3] [--out benchmarks/results/exactness.json]
 
-`packed` stores every token as it came, and so does `ojakv` at ratio 1; every id they generate must equal DynamicCache's,
+`packed` stores every token as it came, and so do `ojakv` at ratio 1 and, while the text is within their token budget,
+`sentencekv` and `hybridkv`; every id they generate must equal DynamicCache's,
 in float32: greedy with left padding, beams, prompt lookup, assisted decoding, two turns on one cache. Random models of
 `hf_ext.tiny`, a fresh one per seed. Slack is the part of `nbytes()` that holds no token, the worst over 64 steps.
 """
@@ -18,15 +19,18 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
-from hf_ext import OjaKVCache, OjaKVConfig, PackedCache
+from hf_ext import HybridKVCache, OjaKVCache, OjaKVConfig, PackedCache, SentenceKVCache
 from hf_ext.table import Row, write_rows
 from hf_ext.tiny import ARCHITECTURES, tiny_model
 
 
-NOT_SERVED = {"ojakv": ("bloom", "mistral_sliding")}  # ALiBi; no full-attention layer
+# ALiBi; no full-attention layer.
+NOT_SERVED = {name: ("bloom", "mistral_sliding") for name in ("ojakv", "sentencekv", "hybridkv")}
 CACHES: dict[str, Callable[[PreTrainedModel], Any]] = {
     "packed": PackedCache,
     "ojakv": lambda model: OjaKVCache(model, OjaKVConfig(ratio=1.0)),
+    "sentencekv": SentenceKVCache,
+    "hybridkv": HybridKVCache,
 }
 
 

@@ -24,9 +24,14 @@ BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 PAGES = {
     "docs/methods/ojakv.md": ("kv_quality", "residuals", "decode_speed", "end_to_end", "exactness"),
     "docs/methods/packed.md": ("decode_speed", "end_to_end", "exactness"),
+    "docs/methods/sentencekv.md": ("retrieval_quality", "decode_speed", "end_to_end", "exactness"),
+    "docs/methods/hybridkv.md": ("retrieval_quality", "decode_speed", "end_to_end", "exactness"),
 }
-# Systems whose name begins so are ours; all others are peers.
-OURS = ("packed", "ojakv")
+# Systems whose name begins so are ours; all others are peers, and so is the form a paper published.
+OURS = ("packed", "ojakv", "sentencekv", "hybridkv")
+PUBLISHED = ("sentencekv paper",)
+# Neither ours nor peers: they read every key to choose.
+BOUNDS = ("dense", "oracle")
 # The end of a setting that is a budget, and so belongs to the system: peers of a fixed size have none.
 BUDGET = re.compile(r", (ratio [\d.]+)$")
 BYTES = "bytes"
@@ -52,6 +57,12 @@ HEADLINES = (
     Headline("ojakv", "ojakv", "kv_quality", "loss above dense", r"^BBC, all contexts, ratio 0\.4$"),
     Headline("ojakv", "ojakv", "kv_quality", "loss of the code", r"^needles, question later, ratio 0\.4$"),
     Headline("ojakv", "ojakv 0.6", "decode_speed", "speed over DynamicCache", r"32K, bfloat16", True),
+    Headline("sentencekv", "sentencekv", "retrieval_quality", "loss above dense", r"^BBC, .*budget 512$"),
+    Headline("sentencekv", "sentencekv", "retrieval_quality", "loss of the code", r"^needles, question later, budget"),
+    Headline("sentencekv", "sentencekv", "decode_speed", "speed over DynamicCache", r"32K, bfloat16", True),
+    Headline("hybridkv", "hybridkv", "retrieval_quality", "loss above dense", r"^BBC, .*budget 512$"),
+    Headline("hybridkv", "hybridkv", "retrieval_quality", "loss of the code", r"^needles, question later, budget"),
+    Headline("hybridkv", "hybridkv", "decode_speed", "speed over DynamicCache", r"32K, bfloat16", True),
 )
 
 
@@ -65,7 +76,16 @@ def command(file: str) -> str:
 
 
 def is_ours(row: Row) -> bool:
-    return row.system.startswith(OURS)
+    return row.system.startswith(OURS) and row.system not in PUBLISHED
+
+
+def is_peer(row: Row) -> bool:
+    return not is_ours(row) and not row.system.startswith(BOUNDS)
+
+
+def is_measured(method: str, file: str, results: dict[str, list[Row]]) -> bool:
+    """Whether a file of results says anything about a method."""
+    return any(row.method == method or row.system.startswith(method) for row in results.get(file, ()))
 
 
 def split_budget(setting: str) -> tuple[str, str]:
@@ -92,7 +112,7 @@ def best_peer(ours: Row, rows: list[Row], higher_is_better: bool) -> Row | None:
     """
     limit = share_of_bytes(ours, rows)
     settings = (ours.setting, split_budget(ours.setting)[0])
-    peers = [row for row in rows if row.metric == ours.metric and row.setting in settings and not is_ours(row)]
+    peers = [row for row in rows if row.metric == ours.metric and row.setting in settings and is_peer(row)]
     if limit is not None:
         # One in a hundred: budgets are met up to a page of storage.
         peers = [row for row in peers if (share_of_bytes(row, rows) or 0) <= 1.01 * limit]
@@ -101,17 +121,19 @@ def best_peer(ours: Row, rows: list[Row], higher_is_better: bool) -> Row | None:
     return (max if higher_is_better else min)(peers, key=lambda row: row.value)
 
 
-def not_measured(files: list[str]) -> str:
-    return f"Not measured yet: {', '.join(command(file) for file in files)}."
+def not_measured(what: list[str]) -> str:
+    return f"Not measured yet: {', '.join(dict.fromkeys(what))}."
 
 
 def headline_table(results: dict[str, list[Row]]) -> str:
     """The README's block."""
     lines = []
+    missing: list[str] = []
     for headline in HEADLINES:
-        rows = results.get(headline.file)
-        if rows is None:
+        if not is_measured(headline.method, headline.file, results):
+            missing.append(f"`{headline.method}` by {command(headline.file)}")
             continue
+        rows = results[headline.file]
         found = [
             row
             for row in rows
@@ -138,7 +160,6 @@ def headline_table(results: dict[str, list[Row]]) -> str:
                 ["| method | what | ours | best peer | measured by |", "| --- | --- | ---: | ---: | --- |", *lines]
             )
         )
-    missing = list(dict.fromkeys(h.file for h in HEADLINES if h.file not in results))
     if missing:
         parts.append(not_measured(missing))
     return "\n\n".join(parts)
@@ -168,16 +189,16 @@ def metric_table(rows: list[Row]) -> str:
     return f"**{rows[0].metric}{unit}**{where}; {number}{spread}\n\n{table}"
 
 
-def page_tables(files: tuple[str, ...], results: dict[str, list[Row]]) -> str:
-    """The block of a method page."""
+def page_tables(method: str, files: tuple[str, ...], results: dict[str, list[Row]]) -> str:
+    """The block of a method page; a file that does not say anything about the method yet is named only."""
     parts = []
     for file in files:
-        rows = results.get(file, [])
-        if not rows:
+        if not is_measured(method, file, results):
             continue
+        rows = results[file]
         parts.append(f"Measured by {command(file)}:")
         parts += [metric_table([r for r in rows if r.metric == m]) for m in dict.fromkeys(row.metric for row in rows)]
-    missing = [file for file in files if not results.get(file)]
+    missing = [command(file) for file in files if not is_measured(method, file, results)]
     if missing:
         parts.append(not_measured(missing))
     return "\n\n".join(parts)
@@ -185,7 +206,8 @@ def page_tables(files: tuple[str, ...], results: dict[str, list[Row]]) -> str:
 
 def blocks(results: dict[str, list[Row]]) -> dict[str, str]:
     """What stands between the markers, by page."""
-    return {"README.md": headline_table(results)} | {page: page_tables(f, results) for page, f in PAGES.items()}
+    pages = {page: page_tables(Path(page).stem, files, results) for page, files in PAGES.items()}
+    return {"README.md": headline_table(results), **pages}
 
 
 def with_block(text: str, block: str) -> str:

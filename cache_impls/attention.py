@@ -336,11 +336,11 @@ def _before_forward(module: PreTrainedModel, args: tuple, kwargs: dict) -> None:
     cache = _our_cache(args, kwargs)
     if cache is None:
         return
-    tokens = kwargs.get("input_ids")
-    tokens = tokens if tokens is not None else kwargs.get("inputs_embeds")
+    ids = kwargs.get("input_ids", args[0] if args and isinstance(args[0], torch.Tensor) else None)
+    tokens = ids if ids is not None else kwargs.get("inputs_embeds")
     if tokens is not None:
         cache.check_ready(tokens.shape[0])
-        cache.observe_tokens(kwargs.get("input_ids"), *tokens.shape[:2], kwargs.get("attention_mask"))
+        cache.observe_tokens(ids, *tokens.shape[:2], kwargs.get("attention_mask"))
     # A deep copy of a model keeps hooks that `detach_all` cannot see.
     if ATTENTION_NAME not in AttentionInterface._global_mapping:
         return

@@ -145,7 +145,9 @@ class TokenIndex:
             self.codes.rows.rows.masked_fill_(hidden[..., None], 0)  # an average key: padding must not mark a page
         self.scanned = sys.maxsize if budget is None else max(SCANNED_TOKENS, SCANNED_BUDGETS * budget)
         self.candidates = 0 if budget is None else max(CANDIDATES, CANDIDATE_BUDGETS * budget)
-        self.pages: list[RowBuffer] = []  # mean codes of each page, (B, K, P, R), and how far they spread, (B, K, P, 1)
+        self.pages: list[
+            RowBuffer
+        ] = []  # mean codes of each page, (B, K, P, R), and how far they spread, (B, K, P, 1)
         self.usual: Tensor | None = None  # (B, K, 1, R), variance of the codes within a page, on average
         self._add_pages()
 

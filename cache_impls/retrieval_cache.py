@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hf_ext.cache_impls.base import ALIBI_MODELS, KVCache
 from hf_ext.cache_impls.retrieval_layer import RetrievalConfig, RetrievalLayer
 from hf_ext.cache_impls.store import open_unnamed
-from hf_ext.errors import ConfigError, UnsupportedModelError
+from hf_ext.errors import CacheStateError, ConfigError, UnsupportedModelError
 
 
 class RetrievalCache(KVCache):
@@ -66,6 +66,12 @@ class RetrievalCache(KVCache):
             )
         if self.config.offload_dir is not None:
             open_unnamed(self.config.offload_dir).close()
+
+    def check_ready(self, batch_size: int) -> None:
+        """See `KVCache.check_ready`; refuses as well after tokens could not be stored."""
+        super().check_ready(batch_size)
+        if any(layer.broken for layer in self.kv_layers if isinstance(layer, RetrievalLayer)):
+            raise CacheStateError("tokens of an earlier step could not be stored in this cache; call reset() on it.")
 
     def offloaded_bytes(self) -> int:
         """Bytes of the tokens that are kept on a disk or on another device than the model's; `nbytes()` has the rest."""

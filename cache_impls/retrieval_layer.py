@@ -105,6 +105,7 @@ class RetrievalLayer(KVLayer):
         self.hidden: Tensor | None = None  # boolean (B, seen), padding
         self.moment: Tensor | None = None  # (B, K, D, D) of the queries, until an index is fitted to it
         self.sinks, self.age, self.newest_block = 0, 0, 0
+        self.broken = False  # a move into the stores failed half way
 
     # What a cache built on this layer decides.
 
@@ -174,7 +175,9 @@ class RetrievalLayer(KVLayer):
         self._mark(context, key.shape[2])
         self._remember_queries(context, key.shape[1])
         self.full = [RowBuffer(key), RowBuffer(value)]
+        self.broken = True
         self._try_store(context)
+        self.broken = False
 
     def append(self, key: Tensor, value: Tensor) -> None:
         self.newest_block = key.shape[2]
@@ -306,13 +309,16 @@ class RetrievalLayer(KVLayer):
         return max_pool1d(weights, 7, 1, 3)
 
     def settle(self, context: dict[str, Any] | None) -> None:
-        if not self.stores:
-            self._try_store(context)
-            return
         self.age += 1
         count = (self.newest - self.recent_target) // CHUNK * CHUNK
-        if count > 0:
+        if self.stores and count <= 0:
+            return
+        self.broken = True
+        if self.stores:
             self._move(count, context)
+        else:
+            self._try_store(context)
+        self.broken = False
 
     def after_crop(self) -> None:
         self.newest_block = 0
@@ -396,11 +402,12 @@ class RetrievalLayer(KVLayer):
             count = min(allowed + extra, weights.shape[2])
         if forced is not None:
             weights = weights.masked_fill(forced, torch.inf)
-        best = weights.topk(count, dim=-1, sorted=forced is not None)
+        ranked = forced is not None or count > allowed
+        best = weights.topk(count, dim=-1, sorted=ranked)
         shown = best.values > -torch.inf if hidden is not None else None
-        if forced is not None:
-            rank = torch.arange(count, device=rows.device)
-            within = (rank < allowed + forced.sum(-1, keepdim=True)).expand_as(best.values)
+        if ranked:
+            extra = 0 if forced is None else forced.sum(-1, keepdim=True)
+            within = (torch.arange(count, device=rows.device) < allowed + extra).expand_as(best.values)
             shown = within if shown is None else shown & within
         chosen = best.indices if candidates is None else candidates.gather(2, best.indices)
         if only is not None and self.chosen is not None:

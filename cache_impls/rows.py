@@ -45,7 +45,7 @@ def leading_pads(mask: Tensor | None, length: int) -> Tensor | None:
         return None
     if not bool((seen == (torch.arange(length, device=mask.device) >= pads[:, None])).all()):
         raise CacheStateError(
-            "ojakv found masked tokens that are not padding in front of a row; batch prompts with padding_side='left'."
+            "the cache found masked tokens that are not padding in front of a row; batch prompts with padding_side='left'."
         )
     return pads
 

@@ -34,6 +34,7 @@ from hf_ext.cache_impls.retrieval_layer import Index, RetrievalConfig, Retrieval
 from hf_ext.cache_impls.sentence_map import SentenceMap
 from hf_ext.cache_impls.sentencekv_paper import PaperLayer
 from hf_ext.cache_impls.sentences import resolve_boundaries
+from hf_ext.errors import UnsupportedModelError
 from hf_ext.log import get_logger, warn_once
 
 
@@ -189,6 +190,13 @@ class SentenceKVLayer(RetrievalLayer):
         assert self.index is not None
         return self.index.score((self.asked_sum / self.asked_count)[:, :, None])
 
+    def _importance(self, key: Tensor, context: dict[str, Any] | None, places: Tensor | None = None) -> Tensor:
+        """See `RetrievalLayer._importance`; the sentence being written is kept in any case."""
+        scores = super()._importance(key, context, places)
+        start = self.seen - self._read().open_length(self.batch_size, self.device)
+        stand = torch.arange(scores.shape[2], device=scores.device)[None, None] if places is None else places
+        return scores.masked_fill(stand >= start[:, None, None], torch.inf)
+
     @property
     def dropped(self) -> bool:
         return bool(self.stores) and self.stored + self.full[0].length < self.seen
@@ -286,6 +294,11 @@ class SentenceKVCache(RetrievalCache):
 
     def prepare(self, decoder: PreTrainedConfig, layers: int) -> None:
         super().prepare(decoder, layers)
+        if self.config.mode == "paper" and getattr(decoder, "attn_logit_softcapping", None) is not None:
+            raise UnsupportedModelError(
+                f'SentenceKVConfig(mode="paper") does not serve {decoder.model_type}, whose logits are soft-capped; use '
+                'mode="default".'
+            )
         given: Collection[int] | None = self.config.boundary_ids
         ids = resolve_boundaries(self._tokenizer, given, decoder.vocab_size)
         if ids is None:
@@ -314,7 +327,8 @@ class SentenceKVCache(RetrievalCache):
                 self.sentences.extend(count, batch, device, ids, real)
 
     def shared_tensors(self) -> list[Tensor]:
-        return [] if self.sentences.ends is None else [self.sentences.ends]
+        held = (self.sentences.ends, self.sentences.boundary_ids)
+        return [tensor for tensor in held if tensor is not None]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
@@ -327,7 +341,8 @@ class SentenceKVCache(RetrievalCache):
     def batch_repeat_interleave(self, repeats: int) -> None:
         rows = self.batch_size
         super().batch_repeat_interleave(repeats)
-        self.sentences.reorder(torch.arange(rows).repeat_interleave(repeats))
+        if rows > 0:
+            self.sentences.reorder(torch.arange(rows).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)

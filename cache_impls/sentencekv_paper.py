@@ -93,8 +93,6 @@ class PaperLayer(KVLayer):
 
     def attend(self, query: Tensor, mask: Tensor | None, scaling: float, softcap: float | None) -> Tensor:
         assert self.waiting is not None
-        if softcap is not None:
-            raise CacheStateError('mode="paper" does not serve models with soft-capped logits; use mode="default".')
         key, value = (s.repeat_interleave(query.shape[1] // s.shape[1], dim=1) for s in self.waiting)
         if self.sentences.length < self.seen:
             self.sentences.extend(self.seen - self.sentences.length, key.shape[0], key.device, None, None)

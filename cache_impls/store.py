@@ -80,7 +80,7 @@ class OffloadedRows:
             found = staged.to(self.device, non_blocking=True)
         else:
             found = rows.index_select(0, index).to(self.device)
-        return found.view(*places.shape, -1)
+        return found.view(*places.shape, self.data.shape[-1])
 
     def rows(self) -> Tensor:
         """All rows, `(B, K, N, D)`, where the model computes."""

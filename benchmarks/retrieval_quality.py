@@ -1,6 +1,6 @@
 """What a retrieval cache misses: attention mass, needles and continuation loss, every system at one budget of tokens.
 
-    python benchmarks/retrieval_quality.py [--mass 10] [--needles 3] [--documents 4] [--budgets 512 256]
+    python benchmarks/retrieval_quality.py [--mass 10] [--needles 3] [--documents 2] [--budgets 512 256]
                                            [--systems quest sentencekv] [--out benchmarks/results/retrieval_quality.json]
 
 A retrieval cache reads a small part of the prompt at every step and drops none of it, or little. The budget counts all
@@ -475,9 +475,9 @@ def main() -> None:
     parser.add_argument("--needles", type=int, default=3, help="codes of each kind in every form; 0 for none")
     parser.add_argument("--needle-contexts", type=int, nargs="+", default=[1024, 2048])
     parser.add_argument("--needle-budget", type=int, default=256)
-    parser.add_argument("--documents", type=int, default=4, help="documents to continue; 0 for none")
+    parser.add_argument("--documents", type=int, default=2, help="documents to continue; 0 for none")
     parser.add_argument("--contexts", type=int, nargs="+", default=[4096])
-    parser.add_argument("--scored", type=int, default=128, help="tokens of the continuation, at most 256")
+    parser.add_argument("--scored", type=int, default=64, help="tokens of the continuation, at most 256")
     parser.add_argument("--budgets", type=int, nargs="+", default=[512, 256])
     parser.add_argument("--systems", nargs="+", default=None, help="only these (dense is always measured)")
     parser.add_argument(

@@ -271,10 +271,12 @@ class RetrievalLayer(KVLayer):
 
     def _hidden_at(self, places: Tensor) -> Tensor | None:
         """Padding marks at `places` `(B, 1 or K, M)`."""
-        if self.hidden is None:
-            return None
-        hidden = self.hidden[:, None].expand(-1, places.shape[1], -1)
-        return hidden.gather(2, places.long())
+        return None if self.hidden is None else self.marks_at(self.hidden, places)
+
+    @staticmethod
+    def marks_at(marks: Tensor, places: Tensor) -> Tensor:
+        """Of `marks` `(B, N)` those at `places` `(B, 1 or K, M)`."""
+        return marks[:, None].expand(-1, places.shape[1], -1).gather(2, places.long())
 
     def restore(self, rows: list[Tensor], chosen: Tensor, places: Tensor) -> None:
         """Makes stores and index anew of the rows `chosen` `(B, K, M)` of `rows` (keys, values), which stand at `places`."""
@@ -384,7 +386,7 @@ class RetrievalLayer(KVLayer):
         scores, candidates = self.scores(rows, length)
         hidden = None
         if self.hidden is not None:
-            hidden = self._hidden_at(self.places_of(candidates, scores[:, :, 0].shape))
+            hidden = self.marks_at(self.hidden, self.places_of(candidates, scores[:, :, 0].shape))
             scores = scores.masked_fill(hidden[:, :, None], -torch.inf)
         if isinstance(self.index, SentenceIndex):
             weights = scores[:, :, 0]
@@ -406,8 +408,10 @@ class RetrievalLayer(KVLayer):
         best = weights.topk(count, dim=-1, sorted=ranked)
         shown = best.values > -torch.inf if hidden is not None else None
         if ranked:
-            extra = 0 if forced is None else forced.sum(-1, keepdim=True)
-            within = (torch.arange(count, device=rows.device) < allowed + extra).expand_as(best.values)
+            rank = torch.arange(count, device=rows.device)
+            if forced is not None:
+                rank = rank - forced.sum(-1, keepdim=True)
+            within = (rank < allowed).expand_as(best.values)
             shown = within if shown is None else shown & within
         chosen = best.indices if candidates is None else candidates.gather(2, best.indices)
         if only is not None and self.chosen is not None:

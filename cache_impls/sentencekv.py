@@ -96,7 +96,7 @@ class SentenceKVConfig(RetrievalConfig):
         self.check(self.boundary_ids != [], "boundary_ids", "must not be empty; leave it out for blocks of 32 tokens")
         self.check(self.mode != "paper" or number, "keep", 'must be a number with mode="paper", for example 3.0')
         if number:
-            kept = int(self.keep * self.token_budget)  # type: ignore[operator]
+            kept = int(self.keep * self.token_budget)
             self.check(kept > self.query_window, "query_window", f"must be below keep * token_budget = {kept}")
 
 
@@ -331,7 +331,7 @@ class SentenceKVCache(RetrievalCache):
         return [tensor for tensor in held if tensor is not None]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         self.sentences.reorder(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:

@@ -59,7 +59,7 @@ class PaperLayer(KVLayer):
         batch = key.shape[0]
         pads = leading_pads(context["mask"], length)
         places = torch.arange(length, device=key.device).expand(batch, heads, -1)
-        room = int(self.config.keep * self.config.token_budget) - window  # type: ignore[operator]
+        room = int(self.config.keep * self.config.token_budget) - window
         hidden = None if pads is None else places < pads[:, None, None]
         if length - window > room:
             scores = importance(query[:, :, -window:], key, context["scaling"], hidden)

@@ -19,7 +19,7 @@ def methods_table(link: str) -> str:
     lines = ["| id | what | paper | plugs into | status |", "| --- | --- | --- | --- | --- |"]
     for card in METHODS.values():
         name = f"[`{card.id}`]({link.format(card.id)})" if card.status == "available" else f"`{card.id}`"
-        paper = f"[{card.arxiv}]({card.paper_url})"
+        paper = f"[{card.arxiv}]({card.paper_url})" if card.arxiv else "-"
         lines.append(f"| {name} | {card.title} | {paper} | `{card.plugs_into}` | {card.status} |")
     return "\n".join(lines)
 

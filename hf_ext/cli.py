@@ -57,9 +57,9 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser(
         "demo",
-        help="a real language model with a compressed cache next to the dense one",
-        description="Answer from a long context with a compressed cache and with the dense one; print memory, speed "
-        "and answer quality, and write a report with pictures.",
+        help="a real language model with our caches next to the dense one",
+        description="Answer from a long context with the dense cache, a compressed one and two that retrieve; print "
+        "memory, speed, answer quality and what was retrieved, and write a report with pictures.",
     )
     source = command.add_mutually_exclusive_group()
     source.add_argument("--model", metavar="MODEL", help="local folder or hub id (default: the packaged SmolLM2)")
@@ -91,10 +91,12 @@ def _list(arguments: argparse.Namespace) -> int:
         table.add_column(heading, no_wrap=heading in ("method", "status", "paper"))
     for card in METHODS.values():
         style = None if card.status == "available" else "dim"
-        table.add_row(card.id, card.status, card.area, card.arxiv, card.title, card.plugs_into, style=style)
+        table.add_row(card.id, card.status, card.area, card.arxiv or "-", card.title, card.plugs_into, style=style)
     _console().print(table, markup=False)
-    built = sum(card.status == "available" for card in METHODS.values())
-    print(f"\n{built} of {len(METHODS)} methods available. The exact cache `packed` comes with them.")
+    published = [card for card in METHODS.values() if card.arxiv]
+    built = sum(card.status == "available" for card in published)
+    own = ", ".join(f"`{card.id}`" for card in METHODS.values() if not card.arxiv)
+    print(f"\n{built} of {len(published)} methods available. From no paper: {own}, and the exact cache `packed`.")
     return 0
 
 

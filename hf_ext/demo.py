@@ -1,9 +1,10 @@
-"""`hf-ext demo`: a real language model answers from a long context, with the dense cache and with compressed ones.
+"""`hf-ext demo`: a real language model answers from a long context, with the dense cache and with ours.
 
 The model reads news in which one sentence holds an access code. Each cache reads them once, by
-`generate(cache_implementation=...)`. Only then, when the context is already compressed, comes the question, and with the
-same cache the model answers, is scored on the right answer and on how the news go on, and is timed. A sweep over shorter
-contexts gives the picture. Written into the output folder: `demo.json`, `memory_speed.png`, `report.html`.
+`generate(cache_implementation=...)`. Only then comes the question, and with the same cache the model answers, is scored on
+the right answer and on how the news go on, and is timed: token by token, as generation does. The two caches that retrieve
+keep their tokens in files and say which sentences they read again for the answer. A sweep over shorter contexts gives the
+picture. Written into the output folder: `demo.json`, `memory_speed.png`, `report.html`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import base64
 import copy
 import html
 import os
-import statistics
+import tempfile
+import textwrap
 import time
 import warnings
 from collections.abc import Iterator
@@ -27,39 +29,51 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from transformers import DynamicCache
 
 import hf_ext
+from hf_ext.benches.caches import Prompt, cache_bytes, fill
+from hf_ext.benches.caches import read as read_prompt
+from hf_ext.cache_impls.retrieval_cache import RetrievalCache
+from hf_ext.cache_impls.retrieval_layer import RetrievalLayer
+from hf_ext.cache_impls.sentence_map import SentenceMap
 from hf_ext.config import write_text_atomic
 from hf_ext.models import load_bbc, load_model
+from hf_ext.registration import build_cache
 from hf_ext.table import Row, write_rows
 
 
+TOKEN_BUDGET = 512
 # What `generate` is given for each cache.
 SYSTEMS: dict[str, dict[str, Any]] = {
     "dense": {},
     "packed": {"cache_implementation": "packed"},
-    "ojakv 0.6": {"cache_implementation": "ojakv", "cache_config": {"ratio": 0.6}},
     "ojakv 0.4": {"cache_implementation": "ojakv", "cache_config": {"ratio": 0.4}},
+    "sentencekv": {"cache_implementation": "sentencekv", "cache_config": {"token_budget": TOKEN_BUDGET}},
+    "hybridkv": {"cache_implementation": "hybridkv", "cache_config": {"token_budget": TOKEN_BUDGET}},
 }
-SWEPT = ("dense", "packed", "ojakv 0.4")
+RETRIEVING = ("sentencekv", "hybridkv")
 
 INTRO = "Read these news articles. A question follows at the end."
 NEEDLE = "The secret access code of the Halden archive is 48213."
 QUESTION = "What is the secret access code of the Halden archive? Answer with the code."
 ANSWER, CODE = "The secret access code of the Halden archive is ", "48213"
 DEPTH = 0.5  # where among the news the needle stands
-CONTINUATION = 128
+CONTINUATION = 48
 
-CONTEXT, SWEEP = 3072, (512, 1024, 2048)
+CONTEXT, SWEEP = 3072, (1024, 2048)
 QUICK_CONTEXT, QUICK_SWEEP = 1536, (512, 1024)
 
 NO_MATPLOTLIB = "No picture: it needs matplotlib; install it with: pip install matplotlib"
 NOTES = (
-    "The question came after the context had been compressed. Answer NLL: the code's tokens when the model is made to "
-    "answer rightly; text NLL: the next {continuation} tokens of the news, compared with dense; both in nats a token, "
-    "lower is better. Bytes: every tensor the cache keeps alive when the context has been read. Tokens a second: median "
-    "of single steps on one thread, in processor time. First token: processor time of all threads."
+    "The question came after the context had been read. Answer NLL: the code's tokens when the model is made to answer "
+    "rightly; text NLL: the next {continuation} tokens of the news, compared with dense; both in nats a token, lower is "
+    "better, fed one token at a time. MB: every tensor the cache keeps in memory, after the first step; the caches that "
+    "attend to {budget} tokens a step keep the others in files. ms a token: mean of single steps on one thread, in processor "
+    "time. First token: processor time of all threads. Fetched: what the caches that retrieve had read again at full "
+    "rank, over all layers and heads, when the last token of the code was due."
 )
+SHORT_SENTENCE, LONGEST_SENTENCE = 5, 128  # tokens
 
 
 @dataclass
@@ -78,15 +92,33 @@ class Case:
 
 @dataclass
 class Measurement:
-    """What one cache did on one context; NLL in nats a token, `first_token` in seconds of processor time."""
+    """What one cache did on one context.
+
+    NLL in nats a token, `nbytes` in memory and `file_bytes` in files after the first step, `first_token` in seconds of
+    processor time, `step` in milliseconds. `fetched`: parts of the context, and the share of their tokens that was read
+    again for the answer, over layers and heads.
+    """
 
     answer: str
     right: bool
     answer_nll: float
     text_nll: float
     nbytes: int
+    file_bytes: int
     first_token: float
-    tokens_per_second: float
+    step: float
+    fetched: list[tuple[str, float]]
+
+
+@contextmanager
+def prepared(tokenizer: Any) -> Iterator[dict[str, dict[str, Any]]]:
+    """`SYSTEMS` with a folder for the files of those that retrieve, and the sentence marks of the tokenizer."""
+    with tempfile.TemporaryDirectory() as folder:
+        systems = copy.deepcopy(SYSTEMS)
+        for name in RETRIEVING:
+            systems[name]["cache_config"]["offload_dir"] = folder
+        systems["sentencekv"]["cache_config"]["boundary_ids"] = hf_ext.sentence_boundary_ids(tokenizer)
+        yield systems
 
 
 def make_case(tokenizer: Any, articles: list[str], length: int) -> Case:
@@ -120,14 +152,6 @@ def make_case(tokenizer: Any, articles: list[str], length: int) -> Case:
     return Case(tensors[0], tensors[1], tensors[2], len(right) - len(stem), tensors[3])
 
 
-def cache_bytes(cache: Any) -> int:
-    """Bytes of the distinct storages a cache keeps alive."""
-    if hasattr(cache, "nbytes"):
-        return cache.nbytes()
-    tensors = [value for layer in cache.layers for value in vars(layer).values() if isinstance(value, Tensor)]
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
-
-
 def read(model: Any, ids: Tensor, settings: dict[str, Any]) -> tuple[Any, float]:
     """Reads a context up to its first token; returns the cache and the seconds of processor time it took."""
     start = time.process_time()
@@ -156,29 +180,80 @@ def answer(model: Any, tokenizer: Any, case: Case, cache: Any, new_tokens: int) 
 
 
 @torch.no_grad()
-def teacher_forced_nll(model: Any, cache: Any, ids: Tensor, scored: int, block: int = 32) -> float:
-    """Mean negative log-likelihood of the last `scored` tokens of `ids`, fed `block` at a time as generation would."""
-    logits = [
-        model(ids[:, start : start + block], past_key_values=cache).logits[0]
-        for start in range(0, ids.shape[1] - 1, block)
-    ]
-    predictions = torch.cat(logits)[: ids.shape[1] - 1].float()
-    return cross_entropy(predictions[-scored:], ids[0, -scored:]).item()
+def teacher_forced_nll(model: Any, cache: Any, ids: Tensor, scored: int) -> float:
+    """Mean negative log-likelihood of the last `scored` tokens of `ids`, fed one at a time as generation does.
+
+    A cache that retrieves attends to more when it is given a block: that would not show what decoding loses.
+    """
+    logits = [model(input_ids=token, past_key_values=cache).logits[0] for token in ids[:, :-1].split(1, dim=1)]
+    return cross_entropy(torch.cat(logits)[-scored:].float(), ids[0, -scored:]).item()
 
 
 @torch.no_grad()
-def decode_speed(model: Any, cache: Any, token: Tensor, steps: int) -> float:
-    """Tokens a second: one over the median processor time of a step, on one thread. Adds tokens to `cache`."""
-    threads, times = torch.get_num_threads(), []
+def decode(model: Any, cache: Any, token: Tensor, steps: int) -> tuple[float, int, int]:
+    """Milliseconds of processor time a step takes on one thread, and the bytes in memory and in files after the first.
+
+    Adds tokens to `cache`. The mean, since a cache that retrieves does not do so at every step.
+    """
+    threads, start = torch.get_num_threads(), 0.0
     torch.set_num_threads(1)
     try:
-        for _ in range(steps + 2):  # two to warm up
-            start = time.process_time()
-            model(token, past_key_values=cache)
-            times.append(time.process_time() - start)
+        for step in range(steps + 2):  # two to warm up
+            if step == 2:
+                start = time.process_time()
+            model(input_ids=token, past_key_values=cache)
+            if step == 0:
+                nbytes = cache_bytes(cache)
+        seconds = time.process_time() - start
     finally:
         torch.set_num_threads(threads)
-    return 1 / max(statistics.median(times[2:]), 1e-9)
+    return 1e3 * seconds / steps, nbytes, cache.offloaded_bytes() if isinstance(cache, RetrievalCache) else 0
+
+
+def fetched(cache: Any, tokenizer: Any, ids: Tensor, boundary_ids: list[int]) -> list[tuple[str, float]]:
+    """Parts of the context `ids` `(1, N)`, and which share of their tokens the newest step read again at full rank.
+
+    The sentence with the code, the whole context, and the sentence of which most was read. Sinks and newest tokens are
+    always at hand and do not count.
+    """
+    if not isinstance(cache, RetrievalCache):
+        return []
+    length, heads = ids.shape[1], 0
+    count = torch.zeros(length)
+    for layer in cache.kv_layers:
+        if not isinstance(layer, RetrievalLayer) or layer.chosen is None:
+            continue
+        places = layer.places_of(layer.chosen, layer.chosen.shape).expand(layer.chosen.shape)
+        if layer.shown is not None:
+            places = places[layer.shown.expand(layer.chosen.shape)]
+        count += torch.bincount(places[places < length].cpu().long(), minlength=length)
+        heads += layer.chosen.shape[1]
+    if not heads:
+        return []
+    marks = SentenceMap(torch.tensor(boundary_ids), LONGEST_SENTENCE)
+    marks.extend(length, 1, ids.device, ids, None)
+    numbers = marks.numbers()[0].cpu()
+    sizes = torch.bincount(numbers).tolist()
+    texts = [" ".join(tokenizer.decode(part).split()) for part in ids[0].cpu().split(sizes)]
+    shares = [part.mean().item() / heads for part in count.split(sizes)]
+    parts = [("the sentence with the code", share) for text, share in zip(texts, shares) if CODE in text]
+    parts.append(("the whole context", count.mean().item() / heads))
+    # A share of very few tokens says nothing.
+    most = max(range(len(texts)), key=lambda n: shares[n] if sizes[n] >= SHORT_SENTENCE else -1.0)
+    return [*parts, (f'"{textwrap.shorten(texts[most], 48, placeholder=" ...")}"', shares[most])]
+
+
+def described(parts: list[tuple[str, float]]) -> str:
+    """What was fetched, as a phrase."""
+    return f"fetched {', '.join(f'{share:.0%} of {what}' for what, share in parts)}" if parts else ""
+
+
+def filled(model: Any, prompt: Prompt, ids: Tensor, settings: dict[str, Any]) -> Any:
+    """The cache `generate` would build with `settings`, filled with a prompt that was read elsewhere."""
+    name = settings.get("cache_implementation")
+    cache = build_cache(name, model, settings.get("cache_config")) if name else DynamicCache(config=model.config)
+    fill(cache, prompt, ids)
+    return cache
 
 
 @contextmanager
@@ -200,21 +275,21 @@ def fastest_threads(model: Any, ids: Tensor) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def measure(model: Any, tokenizer: Any, case: Case, settings: dict[str, Any], new_tokens: int = 20) -> Measurement:
+def measure(
+    model: Any, tokenizer: Any, case: Case, settings: dict[str, Any], boundary_ids: list[int], new_tokens: int = 20
+) -> Measurement:
     """One cache on one case; `settings` go to `generate`. Runs inside `hf_ext.registered()`."""
     cache, first_token = read(model, case.context, settings)
-    nbytes = cache_bytes(cache)
     said = answer(model, tokenizer, case, copy.deepcopy(cache), new_tokens)
+    answering = copy.deepcopy(cache)
     full_answer = torch.cat([case.question, case.answer], dim=1)
-    return Measurement(
-        answer=said,
-        right=CODE in said,
-        answer_nll=teacher_forced_nll(model, copy.deepcopy(cache), full_answer, case.code_length),
-        text_nll=teacher_forced_nll(model, copy.deepcopy(cache), case.continuation, case.continuation.shape[1] - 1),
-        nbytes=nbytes,
-        first_token=first_token,
-        tokens_per_second=decode_speed(model, cache, case.question[:, :1], steps=12),
-    )
+    answer_nll = teacher_forced_nll(model, answering, full_answer, case.code_length)
+    sentences = fetched(answering, tokenizer, case.context, boundary_ids)
+    del answering
+    text_nll = teacher_forced_nll(model, copy.deepcopy(cache), case.continuation, case.continuation.shape[1] - 1)
+    step, nbytes, file_bytes = decode(model, cache, case.question[:, :1], steps=12)
+    right = CODE in said
+    return Measurement(said, right, answer_nll, text_nll, nbytes, file_bytes, first_token, step, sentences)
 
 
 def compare(
@@ -223,11 +298,11 @@ def compare(
     """Every cache on one context, then memory and speed over shorter ones; says on `console` what happens.
 
     Returns:
-        `tuple`: the measurements by cache, and per swept cache a list of (tokens, bytes, tokens a second).
+        `tuple`: the measurements by cache, and per cache a list of (tokens, bytes in memory, milliseconds a token).
     """
     case = make_case(tokenizer, articles, length)
     console.print(f"\nContext: {case.context.shape[1]:,} tokens of news, and halfway in: [italic]{NEEDLE}[/italic]")
-    console.print(f"Question, asked when the context has been compressed: [bold]{QUESTION}[/bold]\n")
+    console.print(f"Question, asked when the context has been read: [bold]{QUESTION}[/bold]\n")
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -236,29 +311,36 @@ def compare(
         TimeElapsedColumn(),
     )
     results: dict[str, Measurement] = {}
-    curves: dict[str, list[tuple[int, int, float]]] = {name: [] for name in SWEPT}
+    curves: dict[str, list[tuple[int, int, float]]] = {name: [] for name in SYSTEMS}
     with ExitStack() as stack:
         stack.enter_context(hf_ext.registered())
         stack.enter_context(_ready(model))
+        systems = stack.enter_context(prepared(tokenizer))
+        boundary_ids = systems["sentencekv"]["cache_config"]["boundary_ids"]
         progress = stack.enter_context(Progress(*columns, console=console, transient=True))
-        task = progress.add_task("warming up", total=len(SYSTEMS) + len(sweep) * len(SWEPT))
+        task = progress.add_task("warming up", total=len(systems) * (1 + len(sweep)))
         stack.enter_context(fastest_threads(model, case.context[:, :256]))
-        for settings in SYSTEMS.values():
+        for settings in systems.values():
             read(model, case.context[:, :128], settings)
-        for name, settings in SYSTEMS.items():
+        for name, settings in systems.items():
             progress.update(task, description=f"{name} reads {length:,} tokens and answers")
-            results[name] = measure(model, tokenizer, case, settings)
+            results[name] = measure(model, tokenizer, case, settings, boundary_ids)
             progress.console.print(f"  {name:10s} ", results[name].answer or "(nothing)", markup=False)
+            if results[name].fetched:
+                progress.console.print(f"{'':12s} {described(results[name].fetched)}", markup=False, style="dim")
             progress.advance(task)
         for tokens in sweep:
-            for name in SWEPT:
+            progress.update(task, description=f"memory and speed at {tokens:,} tokens")
+            ids = case.context[:, :tokens]
+            prompt = torch.no_grad()(read_prompt)(model, ids)
+            for name, settings in systems.items():
                 progress.update(task, description=f"memory and speed: {name} at {tokens:,} tokens")
-                cache, _ = read(model, case.context[:, :tokens], SYSTEMS[name])
-                nbytes = cache_bytes(cache)
-                curves[name].append((tokens, nbytes, decode_speed(model, cache, case.question[:, :1], steps=8)))
+                cache = filled(model, prompt, ids, settings)
+                step, nbytes, _ = decode(model, cache, case.question[:, :1], steps=8)
+                curves[name].append((tokens, nbytes, step))
                 progress.advance(task)
-    for name in SWEPT:
-        curves[name].append((length, results[name].nbytes, results[name].tokens_per_second))
+    for name, one in results.items():
+        curves[name].append((length, one.nbytes, one.step))
     return results, curves
 
 
@@ -278,7 +360,8 @@ def _ready(model: Any) -> Iterator[None]:
 def grid(results: dict[str, Measurement]) -> tuple[list[str], list[list[str]]]:
     """The comparison as text: header and one line per cache."""
     dense = results["dense"]
-    header = ["cache", "answer right", "answer NLL", "text NLL", "MB", "of dense", "tokens/s", "first token (s)"]
+    header = ["cache", "answer right", "answer NLL", "text NLL", "MB", "of dense", "MB in files", "ms a token"]
+    header.append("first token (s)")
     lines = [
         [
             name,
@@ -287,7 +370,8 @@ def grid(results: dict[str, Measurement]) -> tuple[list[str], list[list[str]]]:
             f"{one.text_nll:.3f}" if one is dense else f"{one.text_nll - dense.text_nll:+.3f}",
             f"{one.nbytes / 1e6:.1f}",
             f"{one.nbytes / dense.nbytes:.0%}",
-            f"{one.tokens_per_second:.1f}",
+            f"{one.file_bytes / 1e6:.1f}",
+            f"{one.step:.1f}",
             f"{one.first_token:.1f}",
         ]
         for name, one in results.items()
@@ -307,16 +391,17 @@ def to_rows(
             ("text NLL above dense", one.text_nll - dense.text_nll, "nat"),
             ("cache", one.nbytes / 1e6, "MB"),
             ("cache over dense", one.nbytes / dense.nbytes, ""),
-            ("decode", one.tokens_per_second, "tokens/s"),
+            ("cache in files", one.file_bytes / 1e6, "MB"),
+            ("decode step", one.step, "ms"),
             ("first token", one.first_token, "s"),
         ):
-            rows.append(Row("ojakv", name, f"{model_name}, {length} tokens", metric, round(value, 4), unit))
+            rows.append(Row(name.split()[0], name, f"{model_name}, {length} tokens", metric, round(value, 4), unit))
     for name, points in curves.items():
-        for tokens, nbytes, speed in points:
+        for tokens, nbytes, step in points:
             if tokens != length:
                 setting = f"{model_name}, {tokens} tokens"
-                rows.append(Row("ojakv", name, setting, "cache", round(nbytes / 1e6, 4), "MB"))
-                rows.append(Row("ojakv", name, setting, "decode", round(speed, 4), "tokens/s"))
+                rows.append(Row(name.split()[0], name, setting, "cache", round(nbytes / 1e6, 4), "MB"))
+                rows.append(Row(name.split()[0], name, setting, "decode step", round(step, 4), "ms"))
     return rows
 
 
@@ -328,18 +413,24 @@ def draw(curves: dict[str, list[tuple[int, int, float]]], model_name: str, path:
     except ImportError:
         return False
     # Okabe and Ito's palette; the markers tell the lines apart in grey as well.
-    styles = (("#000000", "o", "-"), ("#0072B2", "s", "--"), ("#D55E00", "^", "-"))
+    styles = (
+        ("#000000", "o", "-"),
+        ("#0072B2", "s", "--"),
+        ("#D55E00", "^", "-"),
+        ("#009E73", "D", "-"),
+        ("#CC79A7", "v", "-."),
+    )
     figure = Figure(figsize=(10, 4.4), layout="constrained", dpi=150)
     FigureCanvasAgg(figure)
-    memory, speed = figure.subplots(1, 2)
+    memory, latency = figure.subplots(1, 2)
     lengths = [point[0] for point in next(iter(curves.values()))]
     for (name, points), (color, marker, line) in zip(curves.items(), styles):
         style = {"color": color, "marker": marker, "linestyle": line, "linewidth": 2, "markersize": 6, "label": name}
         memory.plot(lengths, [point[1] / 1e6 for point in points], **style)
-        speed.plot(lengths, [point[2] for point in points], **style)
+        latency.plot(lengths, [point[2] for point in points], **style)
     for axes, title in (
         (memory, "Memory of the cache (MB), lower is better"),
-        (speed, "Tokens a second, higher is better"),
+        (latency, "Time of a step (ms a token), lower is better"),
     ):
         axes.set_title(title, fontsize=11, loc="left")
         axes.set_xlabel("tokens of context")
@@ -359,7 +450,8 @@ def report(results: dict[str, Measurement], model_name: str, length: int, pictur
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
     body = "\n".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>" for line in lines)
     answers = "\n".join(
-        f"<tr><td>{html.escape(name)}</td><td class='text'>{html.escape(one.answer) or '(nothing)'}</td></tr>"
+        f"<tr><td>{html.escape(name)}</td><td class='text'>{html.escape(one.answer) or '(nothing)'}"
+        + f"<br><small>{html.escape(described(one.fetched))}</small></td></tr>"
         for name, one in results.items()
     )
     image = f"<p>{html.escape(NO_MATPLOTLIB)}</p>"
@@ -392,7 +484,7 @@ blockquote {{ margin-left: 0; padding-left: 1rem; border-left: 3px solid #ddd }}
 <table><tr>{head}</tr>
 {body}
 </table>
-<p class="notes">{html.escape(NOTES.format(continuation=CONTINUATION))}</p>
+<p class="notes">{html.escape(NOTES.format(continuation=CONTINUATION, budget=TOKEN_BUDGET))}</p>
 <h2>Memory and speed</h2>
 {image}
 </html>
@@ -433,7 +525,7 @@ def run(*, model: str | os.PathLike | None, out: str | os.PathLike, quick: bool)
         table.add_row(*line)
     console.print()
     console.print(table)
-    console.print(NOTES.format(continuation=CONTINUATION), style="dim")
+    console.print(NOTES.format(continuation=CONTINUATION, budget=TOKEN_BUDGET), style="dim")
 
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """The one table of methods. The command line, the docs index and the common tests read it; adding a method adds a row.
 
 A row says where a method comes from, where it plugs in and whether it is built. A planned row has no config, entry or
-bench: nothing may look finished that is not.
+bench: nothing may look finished that is not. Thirteen rows have a paper; a row without one is a method of our own.
 """
 
 import importlib
@@ -26,7 +26,7 @@ class MethodCard:
     Args:
         id (`str`): Name in the command line, in tags and of the source file.
         title (`str`): What it is, in a few words.
-        arxiv (`str`): arXiv number of the paper.
+        arxiv (`str`, *optional*): arXiv number of the paper; `None` for a method that comes from none.
         area (`str`): A key of `AREAS`.
         plugs_into (`str`): The host library's call it works through.
         config (`str`, *optional*): `"module:Class"` of the settings. The three paths are set exactly when it is built.
@@ -36,7 +36,7 @@ class MethodCard:
 
     id: str
     title: str
-    arxiv: str
+    arxiv: str | None
     area: str
     plugs_into: str
     config: str | None = None
@@ -56,9 +56,9 @@ class MethodCard:
         return "available" if self.entry else "planned"
 
     @property
-    def paper_url(self) -> str:
-        """Page of the paper."""
-        return f"https://arxiv.org/abs/{self.arxiv}"
+    def paper_url(self) -> str | None:
+        """Page of the paper, if there is one."""
+        return f"https://arxiv.org/abs/{self.arxiv}" if self.arxiv else None
 
 
 def build_table(*cards: MethodCard) -> dict[str, MethodCard]:
@@ -94,6 +94,19 @@ METHODS = build_table(
         "2504.00970",
         "cache_impls",
         'generate(cache_implementation="sentencekv")',
+        config="hf_ext.cache_impls.sentencekv:SentenceKVConfig",
+        entry="hf_ext.cache_impls.sentencekv:SentenceKVCache",
+        bench="hf_ext.benches.sentencekv",
+    ),
+    MethodCard(
+        "hybridkv",
+        "Retrieved tokens exactly, all others by low-rank codes",
+        None,
+        "cache_impls",
+        'generate(cache_implementation="hybridkv")',
+        config="hf_ext.cache_impls.hybridkv:HybridKVConfig",
+        entry="hf_ext.cache_impls.hybridkv:HybridKVCache",
+        bench="hf_ext.benches.hybridkv",
     ),
     MethodCard("sgc", "Sparse gradient compression of optimizer state", "2502.00311", "trainers", "Trainer optimizer"),
     MethodCard("ofmu", "Bi-level, penalty-based unlearning", "2509.22483", "trainers", "Trainer.compute_loss"),

@@ -35,8 +35,10 @@ def test_list_shows_every_method_with_its_paper_and_status(capsys):
     out = capsys.readouterr().out
     for card in METHODS.values():
         line = next(line for line in out.splitlines() if line.startswith(card.id + " "))
-        assert card.arxiv in line
+        assert (card.arxiv or " - ") in line
         assert card.status in line
+    assert "2 of 13 methods available" in out
+    assert out.splitlines()[-1].endswith("From no paper: `hybridkv`, and the exact cache `packed`.")
 
 
 def test_bench_prints_a_table_and_writes_the_rows(fake_bench, capsys, tmp_path):
@@ -48,10 +50,16 @@ def test_bench_prints_a_table_and_writes_the_rows(fake_bench, capsys, tmp_path):
     assert "bytes (B)" in capsys.readouterr().out
 
 
-def test_bench_without_a_method_runs_every_built_one(fake_bench, capsys):
-    calls = fake_bench([Row("ojakv", "dense", "1k", "bytes", 10, "B")])
+def test_bench_without_a_method_runs_every_built_one(monkeypatch, capsys):
+    calls = []
+
+    def run_bench(method, seeds):
+        calls.append((method, seeds))
+        return [Row(method, "dense", "1k", "bytes", 10, "B")]
+
+    monkeypatch.setattr(benches, "run_bench", run_bench)
     assert main(["bench"]) == 0
-    assert calls == [3]
+    assert calls == [("ojakv", 3), ("sentencekv", 3), ("hybridkv", 3)]
 
 
 def test_bench_fails_on_a_number_that_is_not_finite_and_writes_nothing(fake_bench, capsys, tmp_path):

@@ -28,7 +28,7 @@ def test_every_method_is_in_the_table_with_its_status(name):
     lines = block.splitlines()
     for card in METHODS.values():
         row = next(line for line in lines if line.startswith("|") and f"`{card.id}`" in line.split("|")[1])
-        assert card.arxiv in row
+        assert card.arxiv in row if card.arxiv else row.split("|")[3].strip() == "-"
         assert row.rstrip(" |").endswith(card.status)
 
 

@@ -1,5 +1,7 @@
 """The measured tables in the README and the docs are those of the committed results, and the table maker makes them right."""
 
+from pathlib import Path
+
 import pytest
 
 from benchmarks import make_tables
@@ -36,15 +38,41 @@ def rows_of_decode_speed():
             ("packed", "StaticCache", 4.0 * factor),
             ("packed", "packed", 4.5 * factor),
             ("ojakv", "ojakv 0.6", 6.0 * factor),
+            ("sentencekv", "sentencekv", 9.0 * factor),
+            ("hybridkv", "hybridkv", 7.0 * factor),
         ):
             rows.append(Row(method, system, setting, "speed over DynamicCache", value, "x", 24, 0.1))
             rows.append(Row(method, system, setting, "decode step", 10 / value, "ms", 24, 0.1))
     return rows
 
 
+def rows_of_retrieval_quality():
+    rows = []
+    for setting, unit in (
+        ("BBC, 4096 tokens, budget 512", "loss above dense"),
+        ("needles, question later, budget 256", "loss of the code"),
+    ):
+        for method, system, value, share in (
+            ("sentencekv", "dense", 0.0, 1.0),
+            ("sentencekv", "oracle top tokens", 0.001, 1.0),
+            ("sentencekv", "quest", 0.03, 1.12),
+            ("sentencekv", "sentencekv paper", 0.02, 0.56),
+            ("sentencekv", "sentencekv", 0.01, 1.2),
+            ("sentencekv", "sentencekv page_bound", 0.015, 1.1),
+            ("hybridkv", "hybridkv", 0.005, 1.3),
+        ):
+            rows.append(Row(method, system, setting, unit, value, "nats", 4, 0.001))
+            rows.append(Row(method, system, setting, "bytes", share, "of dense", 4))
+    return rows
+
+
 @pytest.fixture
 def results():
-    return {"kv_quality": rows_of_kv_quality(), "decode_speed": rows_of_decode_speed()}
+    return {
+        "kv_quality": rows_of_kv_quality(),
+        "decode_speed": rows_of_decode_speed(),
+        "retrieval_quality": rows_of_retrieval_quality(),
+    }
 
 
 def test_pages_agree_with_the_committed_results():
@@ -55,11 +83,14 @@ def test_pages_agree_with_the_committed_results():
 def test_a_page_names_the_command_of_what_is_not_measured(page):
     text = (make_tables.ROOT / page).read_text()
     block = text.split(make_tables.BEGIN)[1].split(make_tables.END)[0]
-    measured = make_tables.load()
-    files = make_tables.PAGES.get(page) or {headline.file for headline in make_tables.HEADLINES}
-    for file in files:
+    results = make_tables.load()
+    pairs = [(Path(page).stem, file) for file in make_tables.PAGES.get(page, ())]
+    pairs = pairs or [(headline.method, headline.file) for headline in make_tables.HEADLINES]
+    for _, file in pairs:
         assert make_tables.command(file) in block
-        assert ("Not measured yet" in block) == any(name not in measured for name in files)
+    missing = [file for method, file in pairs if not make_tables.is_measured(method, file, results)]
+    assert ("Not measured yet" in block) == bool(missing)
+    assert all(make_tables.command(file) in block.partition("Not measured yet")[2] for file in missing)
 
 
 @pytest.mark.parametrize("file", sorted({f for files in make_tables.PAGES.values() for f in files}))
@@ -86,6 +117,26 @@ def test_a_peer_without_a_byte_row_still_competes(results):
     assert make_tables.best_peer(ours, rows, higher_is_better=True).system == "StaticCache"
 
 
+def test_a_paper_s_form_is_a_peer_and_what_reads_every_key_is_not(results):
+    rows = results["retrieval_quality"]
+    for system in ("sentencekv", "hybridkv"):
+        ours = next(row for row in rows if row.system == system)
+        assert make_tables.best_peer(ours, rows, higher_is_better=False).system == "sentencekv paper"
+
+
+def test_a_file_that_says_nothing_about_a_method_is_not_measured(results):
+    for row in results["decode_speed"]:
+        assert make_tables.is_measured(row.method, "decode_speed", results)
+    results["decode_speed"] = [row for row in results["decode_speed"] if row.method == "packed"]
+    page = make_tables.page_tables("sentencekv", ("retrieval_quality", "decode_speed"), results)
+    assert page.startswith("Measured by `python benchmarks/retrieval_quality.py`:")
+    assert page.endswith("Not measured yet: `python benchmarks/decode_speed.py`.")
+    assert "StaticCache" not in page
+    text = make_tables.headline_table(results)
+    assert "`sentencekv` by `python benchmarks/decode_speed.py`" in text.partition("Not measured yet")[2]
+    assert "| `packed` |" in text
+
+
 def test_no_peer_is_no_peer():
     ours = Row("ojakv", "ojakv", "s", "m", 1.0)
     assert make_tables.best_peer(ours, [ours], higher_is_better=False) is None
@@ -109,7 +160,7 @@ def test_a_headline_without_a_row_is_an_error(results):
 
 
 def test_a_page_has_every_value_of_its_files_once(results):
-    text = make_tables.page_tables(("kv_quality", "decode_speed", "end_to_end"), results)
+    text = make_tables.page_tables("ojakv", ("kv_quality", "decode_speed", "end_to_end"), results)
     assert text.count("**loss above dense (nats)**, BBC; n = 24, ± standard deviation") == 1
     assert "| system | all contexts | 1024 tokens |" in text
     assert "| ojakv, ratio 0.6 | 0.02 ± 0.01 | 0.04 ± 0.01 |" in text

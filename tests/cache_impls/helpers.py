@@ -82,11 +82,14 @@ class Driver:
             num_hidden_layers=1,
         )
         self.config._attn_implementation_internal = ATTENTION_NAME
-        self.cache = OjaKVCache(self.config, OjaKVConfig(**{**SMALL, **settings}))
+        self.cache = self.make_cache(settings)
         self.layer = self.cache.layers[0]
         self.module = SimpleNamespace(num_key_value_groups=groups, is_causal=True, training=False, config=self.config)
         self.batch, self.softcap = batch, softcap
         self.pads = None if pads is None else torch.tensor(pads)
+
+    def make_cache(self, settings):
+        return OjaKVCache(self.config, OjaKVConfig(**{**SMALL, **settings}))
 
     def mask(self, start, stop):
         """Boolean `(B, 1, Q, N)`, or `None` where the library passes none: no padding, and first tokens or just one."""

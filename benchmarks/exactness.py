@@ -25,7 +25,7 @@ from hf_ext.tiny import ARCHITECTURES, tiny_model
 
 
 # ALiBi; no full-attention layer.
-NOT_SERVED = {name: ("bloom", "mistral_sliding") for name in ("ojakv", "sentencekv", "hybridkv")}
+NOT_SERVED = dict.fromkeys(("ojakv", "sentencekv", "hybridkv"), ("bloom", "mistral_sliding"))
 CACHES: dict[str, Callable[[PreTrainedModel], Any]] = {
     "packed": PackedCache,
     "ojakv": lambda model: OjaKVCache(model, OjaKVConfig(ratio=1.0)),

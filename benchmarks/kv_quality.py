@@ -348,7 +348,7 @@ def main() -> None:
     parser.add_argument("--needles", type=int, default=20, help="codes in each form of the question; 0 for none")
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 2048, 4096])
     parser.add_argument("--needle-contexts", type=int, nargs="+", default=[1024, 2048])
-    parser.add_argument("--ratios", type=float, nargs="+", default=[0.6, 0.4, 0.28, 0.14])
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.6, 0.4])
     parser.add_argument("--systems", nargs="+", default=None, help="only these (dense is always measured)")
     parser.add_argument(
         "--state", default=None, help="file of finished measurements; in the temporary folder if absent"

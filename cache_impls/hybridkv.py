@@ -92,7 +92,6 @@ class HybridKVLayer(RetrievalLayer):
     """
 
     config: HybridKVConfig
-    index: TokenIndex | None
 
     def __init__(self, model_config: PreTrainedConfig, layer_idx: int, config: HybridKVConfig, layers: int):
         super().__init__(model_config, layer_idx, config)
@@ -100,9 +99,9 @@ class HybridKVLayer(RetrievalLayer):
 
     def _clear(self) -> None:
         super()._clear()
-        self.value_codes: Codes | None = None
+        self.value_codes: Any = None  # `Codes`, once tokens are stored
         # (B, K, kept), which of the tokens between sinks and newest are stored at full rank, ascending; None means all.
-        self.kept_tokens: Tensor | None = None
+        self.kept_tokens: Any = None
         self.kept_share = 1.0
 
     @property
@@ -149,8 +148,6 @@ class HybridKVLayer(RetrievalLayer):
 
     def need(self, rows: list[Tensor], valid: Tensor | None) -> Tensor:
         """How much worse than others the codes give each token back, key and value together, `(B, K, M)`."""
-        assert self.index is not None
-        assert self.value_codes is not None
         total = torch.zeros(rows[0].shape[:3], device=rows[0].device)
         for tokens, codes, moment in ((rows[0], self.index.codes, self.moment), (rows[1], self.value_codes, None)):
             error = tokens.float() - codes.decoded(tokens)
@@ -193,8 +190,6 @@ class HybridKVLayer(RetrievalLayer):
         return min(max(kept, 0), middle), (ranks[0], ranks[1])
 
     def extend(self, rows: list[Tensor], hidden: Tensor | None, places: Tensor) -> None:
-        assert self.index is not None
-        assert self.value_codes is not None
         known = self.index.length
         self.index.append(rows[0])
         self.value_codes.append(rows[1])
@@ -220,20 +215,17 @@ class HybridKVLayer(RetrievalLayer):
 
     def _renew(self, rows: Tensor, length: int) -> None:
         # The codes of all tokens take part anyway: their scores choose the tokens as well.
-        assert self.index is not None
         self.code_query = self.index.codes.query(rows)
         self.code_scores = product(self.code_query, self.index.codes.rows, slack=True)
         if not self.attends_to_store:
             super()._renew(rows, length)
 
     def scores(self, rows: Tensor, length: int) -> tuple[Tensor, None]:
-        assert self.index is not None
         return self.code_scores[..., : self.index.length], None
 
     def retrieved(self, rows: Tensor) -> list[Segment]:
         if not self.attends_to_store:
             return super().retrieved(rows)
-        assert self.kept_tokens is not None
         if not self.stored:
             return []
         key, value = (store for store in self.stores if isinstance(store, RowBuffer))
@@ -245,8 +237,6 @@ class HybridKVLayer(RetrievalLayer):
 
     def remainder(self, rows: Tensor) -> list[Segment]:
         """All tokens by their codes, but those that take part at full rank."""
-        assert self.index is not None
-        assert self.value_codes is not None
         keys, values = self.index.codes, self.value_codes
         exact = self.kept_tokens.long() if self.attends_to_store and self.kept_tokens is not None else self.chosen
         hidden = None
@@ -270,8 +260,6 @@ class HybridKVLayer(RetrievalLayer):
     def materialize(self) -> tuple[Tensor, Tensor]:
         if not self.stores or self.kept_tokens is None:
             return super().materialize()
-        assert self.index is not None
-        assert self.value_codes is not None
         states = []
         for edge, store, codes in zip(self.full, self.stores, (self.index.codes, self.value_codes)):
             middle = codes.decode().to(edge.data.dtype)

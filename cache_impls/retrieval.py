@@ -14,6 +14,7 @@ pages, D head dim, R rank.
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -148,7 +149,7 @@ class TokenIndex:
         self.pages: list[
             RowBuffer
         ] = []  # mean codes of each page, (B, K, P, R), and how far they spread, (B, K, P, 1)
-        self.usual: Tensor | None = None  # (B, K, 1, R), variance of the codes within a page, on average
+        self.usual: Any = None  # (B, K, 1, R), variance of the codes within a page, on average
         self._add_pages()
 
     @property
@@ -208,7 +209,6 @@ class TokenIndex:
 
     def _promising_pages(self, query: Tensor) -> Tensor:
         """The pages where the tokens with the best scores are expected, `(B, K, P)`, ascending."""
-        assert self.usual is not None
         mean, spread = self.pages
         reach = PAGE_SPREAD * (query.square() * self.usual).sum(-1, keepdim=True).sqrt()
         weight = best_of_heads(product(query, mean).addcmul_(reach, spread.rows.float().mT))
@@ -265,7 +265,6 @@ class PageIndex:
 
     def score(self, rows: Tensor) -> tuple[Tensor, None]:
         """See `TokenIndex.score`; all tokens of a page have its bound."""
-        dim = rows.shape[-1]
         query = torch.cat([rows.clamp_min(0), rows.clamp_max(0)], dim=-1).float()
         scores = product(query, self.bounds).repeat_interleave(PAGE, dim=-1)
         if self.rest.shape[2]:
@@ -273,7 +272,6 @@ class PageIndex:
             scores = torch.cat(
                 [scores, bound.float().sum(-1, keepdim=True).expand(-1, -1, -1, self.rest.shape[2])], -1
             )
-        assert dim * 2 == self.bounds.data.shape[-1]
         return scores, None
 
     def buffers(self) -> list[RowBuffer]:

@@ -97,7 +97,7 @@ class RetrievalLayer(KVLayer):
         self.full: list[RowBuffer] = []  # keys, values: all tokens, or [sinks | newest]
         self.stores: list[Store] = []  # keys, values
         self.slots: list[Tensor] = []  # copies of the chosen rows, keys and values, (B, K, M, D)
-        self.index: Index | None = None
+        self.index: Any = None  # an `Index`, once tokens are stored
         self.chosen: Tensor | None = None  # (B, K, M), where in the stores they lie
         self.shown: Tensor | None = None  # boolean (B, K, M), which of them take part; None means all
         self.places: Tensor | None = None  # (B, 1 or K, stored), place in the text; None where they follow the sinks
@@ -118,7 +118,6 @@ class RetrievalLayer(KVLayer):
         """Stores and indexes the keys and values `(B, K, M, D)` of later tokens at `places` `(B, 1, M)`."""
         for store, tokens in zip(self.stores, rows):
             store.append(tokens)
-        assert isinstance(self.index, TokenIndex | PageIndex)
         self.index.append(rows[0])
 
     def worth_storing(self, length: int) -> bool:
@@ -140,7 +139,6 @@ class RetrievalLayer(KVLayer):
 
     def scores(self, rows: Tensor, length: int) -> tuple[Tensor, Tensor | None]:
         """What the index answers to the queries of a block, `(B, K, G * Q, D)`, scaled; see `TokenIndex.score`."""
-        assert self.index is not None
         return self.index.score(rows)
 
     def retrieved(self, rows: Tensor) -> list[Segment]:
@@ -382,7 +380,6 @@ class RetrievalLayer(KVLayer):
             self._choose(rows, length, again)
 
     def _choose(self, rows: Tensor, length: int, only: Tensor | None) -> None:
-        assert self.index is not None
         scores, candidates = self.scores(rows, length)
         hidden = None
         if self.hidden is not None:

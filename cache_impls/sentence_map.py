@@ -5,6 +5,8 @@ Shapes: B batch, N tokens seen, Q new tokens.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -26,7 +28,7 @@ class SentenceMap:
     def __init__(self, boundary_ids: Tensor | None, longest: int):
         self.boundary_ids = boundary_ids
         self.longest = longest if boundary_ids is not None else min(longest, BLOCK)
-        self.ends: Tensor | None = None  # boolean (B, N)
+        self.ends: Any = None  # boolean (B, N)
 
     @property
     def length(self) -> int:
@@ -63,7 +65,6 @@ class SentenceMap:
 
     def numbers(self, start: int = 0) -> Tensor:
         """Which sentence each token from `start` on belongs to, `(B, N - start)`, counted from 0."""
-        assert self.ends is not None
         counted = self.ends.long().cumsum(1)
         return pad(counted, (1, 0))[:, :-1][:, start:]
 

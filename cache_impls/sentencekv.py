@@ -176,7 +176,6 @@ class SentenceKVLayer(RetrievalLayer):
         kv_heads = self.full[0].data.shape[1]
         fresh = query.unflatten(1, (kv_heads, -1)).float().mean((2, 3))
         ends = self._read().ends
-        assert ends is not None
         started = ends[:, self.seen - 2, None, None]
         if self.asked_sum is None or self.asked_count is None or query.shape[2] > 1:
             self.asked_sum, self.asked_count = fresh, torch.ones_like(started, dtype=torch.float32)
@@ -187,7 +186,6 @@ class SentenceKVLayer(RetrievalLayer):
     def scores(self, rows: Tensor, length: int) -> tuple[Tensor, Tensor | None]:
         if self.asked_sum is None or self.asked_count is None:
             return super().scores(rows, length)
-        assert self.index is not None
         return self.index.score((self.asked_sum / self.asked_count)[:, :, None])
 
     def _importance(self, key: Tensor, context: dict[str, Any] | None, places: Tensor | None = None) -> Tensor:
@@ -213,8 +211,7 @@ class SentenceKVLayer(RetrievalLayer):
         """A long block attends to everything kept, some rows at a time."""
         key, value = self.full
         heads, kv_heads = query.shape[1], key.data.shape[1]
-        visible = self._visible(query.shape[2])
-        assert visible is not None
+        visible: Any = self._visible(query.shape[2])
         stored = [all_rows(store).contiguous() for store in self.stores]
         hidden = self._hidden_at(self.places_of(None, stored[0].shape))
         shown = None if hidden is None else ~hidden[:, :, None, None]

@@ -45,7 +45,7 @@ class PaperLayer(KVLayer):
         super().__init__(model_config, layer_idx)
         self.config, self.sentences = config, sentences
         self.rows: list[RowBuffer] = []  # keys, values, (B, H, N, D)
-        self.waiting: tuple[Tensor, Tensor] | None = None  # a block between `append` and `attend`
+        self.waiting: Any = None  # a block between `append` and `attend`
 
     def absorb_prompt(self, key: Tensor, value: Tensor, context: dict[str, Any] | None) -> None:
         if context is None:
@@ -92,11 +92,9 @@ class PaperLayer(KVLayer):
         return True
 
     def attend(self, query: Tensor, mask: Tensor | None, scaling: float, softcap: float | None) -> Tensor:
-        assert self.waiting is not None
         key, value = (s.repeat_interleave(query.shape[1] // s.shape[1], dim=1) for s in self.waiting)
         if self.sentences.length < self.seen:
             self.sentences.extend(self.seen - self.sentences.length, key.shape[0], key.device, None, None)
-        assert self.sentences.ends is not None
         ends = self.sentences.ends[:, self.seen - query.shape[2] : self.seen]
         self.waiting = None
         # One token at a time: each may close the sentence the next one asks.
@@ -171,7 +169,7 @@ class PaperLayer(KVLayer):
             raise CacheStateError('mode="paper" cannot take tokens back; use mode="default" for assisted decoding.')
 
     def _drop_newest(self, count: int) -> None:
-        raise AssertionError("check_crop refuses")
+        raise CacheStateError('mode="paper" cannot take tokens back.')
 
     def _select(self, index: Tensor) -> None:
         super()._select(index)

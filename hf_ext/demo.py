@@ -91,11 +91,19 @@ class Case:
 
 
 @dataclass
+class Decoding:
+    """Milliseconds of processor time a step took, and the bytes in memory and in files after the first."""
+
+    step: float
+    nbytes: int
+    file_bytes: int
+
+
+@dataclass
 class Measurement:
     """What one cache did on one context.
 
-    NLL in nats a token, `nbytes` in memory and `file_bytes` in files after the first step, `first_token` in seconds of
-    processor time, `step` in milliseconds. `fetched`: parts of the context, and the share of their tokens that was read
+    NLL in nats a token, `first_token` in seconds of processor time, `decoding` once it was timed. `fetched`: parts of the context, and the share of their tokens that was read
     again for the answer, over layers and heads.
     """
 
@@ -103,11 +111,9 @@ class Measurement:
     right: bool
     answer_nll: float
     text_nll: float
-    nbytes: int
-    file_bytes: int
     first_token: float
-    step: float
     fetched: list[tuple[str, float]]
+    decoding: Decoding
 
 
 @contextmanager
@@ -190,24 +196,27 @@ def teacher_forced_nll(model: Any, cache: Any, ids: Tensor, scored: int) -> floa
 
 
 @torch.no_grad()
-def decode(model: Any, cache: Any, token: Tensor, steps: int) -> tuple[float, int, int]:
-    """Milliseconds of processor time a step takes on one thread, and the bytes in memory and in files after the first.
+def decode(model: Any, caches: dict[str, Any], token: Tensor, steps: int) -> dict[str, Decoding]:
+    """Times `steps` single steps of every cache on one thread, and looks at its bytes after the first. Adds tokens to them.
 
-    Adds tokens to `cache`. The mean, since a cache that retrieves does not do so at every step.
+    The caches take turns step by step, so that a change of the machine's speed meets all of them.
     """
-    threads, start = torch.get_num_threads(), 0.0
+    threads, seconds, sizes = torch.get_num_threads(), dict.fromkeys(caches, 0.0), {}
     torch.set_num_threads(1)
     try:
         for step in range(steps + 2):  # two to warm up
-            if step == 2:
+            for name, cache in caches.items():
                 start = time.process_time()
-            model(input_ids=token, past_key_values=cache)
-            if step == 0:
-                nbytes = cache_bytes(cache)
-        seconds = time.process_time() - start
+                model(input_ids=token, past_key_values=cache)
+                if step >= 2:
+                    seconds[name] += time.process_time() - start
+                if step == 0:
+                    in_files = cache.offloaded_bytes() if isinstance(cache, RetrievalCache) else 0
+                    sizes[name] = cache_bytes(cache), in_files
     finally:
         torch.set_num_threads(threads)
-    return 1e3 * seconds / steps, nbytes, cache.offloaded_bytes() if isinstance(cache, RetrievalCache) else 0
+    # The mean: a cache that retrieves does not do so at every step.
+    return {name: Decoding(1e3 * seconds[name] / steps, *sizes[name]) for name in caches}
 
 
 def fetched(cache: Any, tokenizer: Any, ids: Tensor, boundary_ids: list[int]) -> list[tuple[str, float]]:
@@ -277,8 +286,11 @@ def fastest_threads(model: Any, ids: Tensor) -> Iterator[None]:
 
 def measure(
     model: Any, tokenizer: Any, case: Case, settings: dict[str, Any], boundary_ids: list[int], new_tokens: int = 20
-) -> Measurement:
-    """One cache on one case; `settings` go to `generate`. Runs inside `hf_ext.registered()`."""
+) -> tuple[Measurement, Any]:
+    """One cache on one case, still to be timed, and the cache itself, which holds the context.
+
+    `settings` go to `generate`. Runs inside `hf_ext.registered()`.
+    """
     cache, first_token = read(model, case.context, settings)
     said = answer(model, tokenizer, case, copy.deepcopy(cache), new_tokens)
     answering = copy.deepcopy(cache)
@@ -287,9 +299,8 @@ def measure(
     sentences = fetched(answering, tokenizer, case.context, boundary_ids)
     del answering
     text_nll = teacher_forced_nll(model, copy.deepcopy(cache), case.continuation, case.continuation.shape[1] - 1)
-    step, nbytes, file_bytes = decode(model, cache, case.question[:, :1], steps=12)
-    right = CODE in said
-    return Measurement(said, right, answer_nll, text_nll, nbytes, file_bytes, first_token, step, sentences)
+    untimed = Decoding(0.0, 0, 0)
+    return Measurement(said, CODE in said, answer_nll, text_nll, first_token, sentences, untimed), cache
 
 
 def compare(
@@ -318,29 +329,29 @@ def compare(
         systems = stack.enter_context(prepared(tokenizer))
         boundary_ids = systems["sentencekv"]["cache_config"]["boundary_ids"]
         progress = stack.enter_context(Progress(*columns, console=console, transient=True))
-        task = progress.add_task("warming up", total=len(systems) * (1 + len(sweep)))
+        task = progress.add_task("warming up", total=len(systems) + 1 + len(sweep))
         stack.enter_context(fastest_threads(model, case.context[:, :256]))
         for settings in systems.values():
             read(model, case.context[:, :128], settings)
+        caches = {}
         for name, settings in systems.items():
             progress.update(task, description=f"{name} reads {length:,} tokens and answers")
-            results[name] = measure(model, tokenizer, case, settings, boundary_ids)
+            results[name], caches[name] = measure(model, tokenizer, case, settings, boundary_ids)
             progress.console.print(f"  {name:10s} ", results[name].answer or "(nothing)", markup=False)
             if results[name].fetched:
                 progress.console.print(f"{'':12s} {described(results[name].fetched)}", markup=False, style="dim")
             progress.advance(task)
-        for tokens in sweep:
+        for tokens in (length, *sorted(sweep, reverse=True)):
             progress.update(task, description=f"memory and speed at {tokens:,} tokens")
-            ids = case.context[:, :tokens]
-            prompt = torch.no_grad()(read_prompt)(model, ids)
-            for name, settings in systems.items():
-                progress.update(task, description=f"memory and speed: {name} at {tokens:,} tokens")
-                cache = filled(model, prompt, ids, settings)
-                step, nbytes, _ = decode(model, cache, case.question[:, :1], steps=8)
-                curves[name].append((tokens, nbytes, step))
-                progress.advance(task)
-    for name, one in results.items():
-        curves[name].append((length, one.nbytes, one.step))
+            if tokens < length:
+                ids = case.context[:, :tokens]
+                prompt = torch.no_grad()(read_prompt)(model, ids)
+                caches = {name: filled(model, prompt, ids, settings) for name, settings in systems.items()}
+            for name, found in decode(model, caches, case.question[:, :1], steps=8).items():
+                curves[name].insert(0, (tokens, found.nbytes, found.step))
+                if tokens == length:
+                    results[name].decoding = found
+            progress.advance(task)
     return results, curves
 
 
@@ -368,10 +379,10 @@ def grid(results: dict[str, Measurement]) -> tuple[list[str], list[list[str]]]:
             "yes" if one.right else "no",
             f"{one.answer_nll:.3f}",
             f"{one.text_nll:.3f}" if one is dense else f"{one.text_nll - dense.text_nll:+.3f}",
-            f"{one.nbytes / 1e6:.1f}",
-            f"{one.nbytes / dense.nbytes:.0%}",
-            f"{one.file_bytes / 1e6:.1f}",
-            f"{one.step:.1f}",
+            f"{one.decoding.nbytes / 1e6:.1f}",
+            f"{one.decoding.nbytes / dense.decoding.nbytes:.0%}",
+            f"{one.decoding.file_bytes / 1e6:.1f}",
+            f"{one.decoding.step:.1f}",
             f"{one.first_token:.1f}",
         ]
         for name, one in results.items()
@@ -389,10 +400,10 @@ def to_rows(
             ("answer right", float(one.right), ""),
             ("answer NLL", one.answer_nll, "nat"),
             ("text NLL above dense", one.text_nll - dense.text_nll, "nat"),
-            ("cache", one.nbytes / 1e6, "MB"),
-            ("cache over dense", one.nbytes / dense.nbytes, ""),
-            ("cache in files", one.file_bytes / 1e6, "MB"),
-            ("decode step", one.step, "ms"),
+            ("cache", one.decoding.nbytes / 1e6, "MB"),
+            ("cache over dense", one.decoding.nbytes / dense.decoding.nbytes, ""),
+            ("cache in files", one.decoding.file_bytes / 1e6, "MB"),
+            ("decode step", one.decoding.step, "ms"),
             ("first token", one.first_token, "s"),
         ):
             rows.append(Row(name.split()[0], name, f"{model_name}, {length} tokens", metric, round(value, 4), unit))

@@ -117,13 +117,13 @@ def test_the_exact_cache_measures_the_same_as_dense(compared):
 def test_ours_are_fewer_bytes_in_memory_and_other_losses(compared):
     results = compared[0]
     for name in ("ojakv 0.4", *demo.RETRIEVING):
-        assert results[name].nbytes < results["dense"].nbytes
+        assert results[name].decoding.nbytes < results["dense"].decoding.nbytes
         assert results[name].text_nll != pytest.approx(results["dense"].text_nll, abs=1e-4)
-    assert all(one.step > 0 and one.first_token > 0 for one in results.values())
+    assert all(one.decoding.step > 0 and one.first_token > 0 for one in results.values())
 
 
 def test_dense_bytes_are_those_of_its_keys_and_values_after_one_step(compared, model):
-    assert compared[0]["dense"].nbytes == (LENGTH + 1) * token_bytes(model)
+    assert compared[0]["dense"].decoding.nbytes == (LENGTH + 1) * token_bytes(model)
     assert [(tokens, nbytes) for tokens, nbytes, _ in compared[1]["dense"]] == [
         (tokens, (tokens + 1) * token_bytes(model)) for tokens in (256, 384, LENGTH)
     ]
@@ -132,7 +132,7 @@ def test_dense_bytes_are_those_of_its_keys_and_values_after_one_step(compared, m
 def test_the_caches_that_retrieve_keep_all_but_sinks_and_newest_tokens_in_files(compared, model):
     for name, one in compared[0].items():
         expected = (LENGTH - 64) // 32 * 32 * token_bytes(model) if name in demo.RETRIEVING else 0
-        assert one.file_bytes == expected, name
+        assert one.decoding.file_bytes == expected, name
 
 
 def test_a_swept_cache_takes_what_one_that_read_the_context_itself_does(compared, model, tokenizer, articles):
@@ -141,7 +141,9 @@ def test_a_swept_cache_takes_what_one_that_read_the_context_itself_does(compared
         prompt = demo.read_prompt(model, case.context)
         for name, settings in systems.items():
             cache = demo.filled(model, prompt, case.context, settings)
-            assert demo.decode(model, cache, case.question[:, :1], 1)[1] == compared[0][name].nbytes, name
+            found = demo.decode(model, {name: cache}, case.question[:, :1], 1)[name]
+            expected = compared[0][name].decoding
+            assert (found.nbytes, found.file_bytes) == (expected.nbytes, expected.file_bytes), name
 
 
 def test_what_was_fetched_is_counted_over_layers_and_heads(model, tokenizer):
@@ -290,8 +292,10 @@ def test_an_exact_cache_that_answers_differently_is_a_failure(tiny_run, tmp_path
     measure = demo.measure
 
     def wrong(model, tokenizer, case, settings, boundary_ids):
-        found = measure(model, tokenizer, case, settings, boundary_ids)
-        return dataclasses.replace(found, answer="else") if settings.get("cache_implementation") == "packed" else found
+        found, cache = measure(model, tokenizer, case, settings, boundary_ids)
+        if settings.get("cache_implementation") == "packed":
+            found = dataclasses.replace(found, answer="else")
+        return found, cache
 
     monkeypatch.setattr(demo, "measure", wrong)
     assert demo.run(model="some/tiny", out=tmp_path, quick=True) == 1

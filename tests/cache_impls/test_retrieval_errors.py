@@ -59,8 +59,8 @@ BOTH = [
     ({"refresh": 0}, "refresh=0 must be at least 1"),
     ({"index_rank": 0}, "index_rank=0 must be at least 1"),
     (
-        {"offload_dir": "/tmp", "offload_device": "cpu"},
-        "offload_dir='/tmp' cannot be combined with offload_device; set one",
+        {"offload_dir": "folder", "offload_device": "cpu"},
+        "offload_dir='folder' cannot be combined with offload_device; set one",
     ),
     ({"offload_dir": 5}, "offload_dir=5 must be a string"),
     ({"offload_device": 0}, "offload_device=0 must be a string"),

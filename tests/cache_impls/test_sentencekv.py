@@ -67,9 +67,9 @@ def test_within_the_budget_logits_are_those_of_dynamic_cache_over_two_turns(arch
 @pytest.mark.parametrize("arch", ["llama", "gemma2", "falcon", "gpt2"])
 def test_within_the_budget_an_assistant_changes_nothing(arch):
     model, inputs = model_of(arch), prompts(rows=1, pad=0)
-    expected = generate(model, None, inputs, max_new_tokens=12)
+    expected = generate(model, None, inputs, max_new_tokens=6)
     for name in NAMES:
-        options = {"assistant_model": tiny_model(arch, seed=1), "max_new_tokens": 12}
+        options = {"assistant_model": tiny_model(arch, seed=1), "max_new_tokens": 6}
         assert generate(model, make(name, model), inputs, **options).tolist() == expected.tolist()
 
 
@@ -107,7 +107,7 @@ def go_on(model, cache, mask, blocks):
     return found
 
 
-SIZES = [1, 1, 1, 5, 1, 64, 1, 65, 1, 130, *[1] * 6]
+SIZES = [1, 1, 5, 1, 64, 1, 65, 1, 130, 1, 1]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -123,8 +123,13 @@ def test_with_everything_retrieved_logits_are_those_of_dynamic_cache(kind, pad):
     assert all(layer.newest <= 64 for layer in cache.kv_layers)
 
 
-@pytest.mark.parametrize("arch", SERVED)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "arch"),
+    [
+        *(("sentencekv", arch) for arch in SERVED),
+        *(("hybridkv", arch) for arch in (*FEW, "falcon", "llama_mqa", "opt")),
+    ],
+)
 @torch.no_grad()
 def test_with_everything_retrieved_every_architecture_is_exact(name, arch):
     model, exact, cache = both(arch, name)
@@ -135,7 +140,7 @@ def test_with_everything_retrieved_every_architecture_is_exact(name, arch):
     assert_close(found, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("pad", [0, 23, 240, 299])
+@pytest.mark.parametrize("pad", [23, 240, 299])
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_with_everything_retrieved_from_a_file(name, pad, tmp_path):
@@ -236,7 +241,7 @@ def test_with_everything_retrieved_a_prompt_in_chunks_is_exact(name, chunk):
 @pytest.mark.parametrize("name", NAMES)
 def test_with_everything_retrieved_beams_are_those_of_dynamic_cache(name, arch):
     model = model_of(arch)
-    inputs, options = prompts(length=150), {"num_beams": 3, "max_new_tokens": 40, "num_return_sequences": 2}
+    inputs, options = prompts(length=150), {"num_beams": 3, "max_new_tokens": 24, "num_return_sequences": 2}
     expected = generate(model, None, inputs, **options)
     cache = make(name, model, token_budget=128)
     handle = model.register_forward_hook(lambda *_: choose_everything(cache) if stored_tokens(cache) else None)
@@ -295,8 +300,8 @@ def test_a_deep_copy_goes_on_identically_and_by_itself(name, where, refresh, tmp
     go_on(model, cache, mask, later(2, [1, 1]))
     mask = torch.cat([mask, torch.ones(2, 2, dtype=torch.long)], dim=1)
     other, third = copy.deepcopy(cache), copy.deepcopy(cache)
-    blocks = later(2, [1] * 30 + [70] + [1] * 3)
-    go_on(model, third, mask, later(2, [1] * 34, seed=9))
+    blocks = later(2, [1] * 24 + [70] + [1] * 2)
+    go_on(model, third, mask, later(2, [1] * 12, seed=9))
     expected = go_on(model, cache, mask, blocks)
     assert_close(go_on(model, other, mask, blocks), expected, atol=1e-6)
     assert other.nbytes() == cache.nbytes()
@@ -309,8 +314,8 @@ def test_a_reset_cache_starts_again_with_another_batch(name):
     first, second = prompts(length=200), prompts(rows=3, length=160, pad=0, seed=2)
     cache = make(name, model, token_budget=128)
     for inputs in (first, second, first):
-        expected = generate(model, make(name, model, token_budget=128), inputs)
-        assert generate(model, cache, inputs).tolist() == expected.tolist()
+        expected = generate(model, make(name, model, token_budget=128), inputs, max_new_tokens=8)
+        assert generate(model, cache, inputs, max_new_tokens=8).tolist() == expected.tolist()
         cache.reset()
         assert cache.nbytes() == 0
         assert cache.get_seq_length() == 0

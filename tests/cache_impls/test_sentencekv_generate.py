@@ -106,8 +106,8 @@ def test_by_name_serves_beams_samples_speculation_and_chunks(name):
     one = prompts(rows=1, length=200, pad=0)
     for given, options in (
         (inputs, {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 10}),
-        (one, {"prompt_lookup_num_tokens": 3}),
-        (inputs, {"prefill_chunk_size": 70}),
+        (one, {"prompt_lookup_num_tokens": 3, "max_new_tokens": 12}),
+        (inputs, {"prefill_chunk_size": 70, "max_new_tokens": 8}),
         (one, {"assistant_model": tiny_model("llama", seed=1), "max_new_tokens": 10}),
         (inputs, {"do_sample": True, "num_return_sequences": 2, "max_new_tokens": 10}),
     ):

@@ -10,7 +10,7 @@ from tests.cache_impls.retrieval_helpers import RetrievalDriver, make, model_of
 from tests.reference.sentencekv import PaperSentenceKV
 
 
-PROMPT, STEPS, DIM, K, G = 150, 28, 16, 2, 2
+PROMPT, STEPS, DIM, K, G = 150, 22, 16, 2, 2
 PAPER = {
     "mode": "paper",
     "keep": 2.0,
@@ -98,7 +98,7 @@ def test_every_setting_means_what_it_does_in_the_oracle(kind):
     compare(settings, changes, seed=7)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.02, 0.5])
+@pytest.mark.parametrize("share", [0.02, 0.5])
 def test_few_and_many_sentences(share):
     compare({}, {}, seed=3, share=share)
 
@@ -113,7 +113,7 @@ def test_short_prompts_are_kept_whole(prompt):
     compare({}, {}, seed=5, prompt=prompt)
 
 
-@pytest.mark.parametrize("blocks", [[7, 1, 12, 8], [28]])
+@pytest.mark.parametrize("blocks", [[7, 1, 14], [22]])
 def test_a_block_of_tokens_is_the_tokens_one_by_one(blocks):
     compare({}, {}, seed=6, blocks=blocks)
 
@@ -160,6 +160,23 @@ def test_what_the_paper_mode_cannot_do_is_a_typed_error():
 def test_the_paper_mode_refuses_soft_capped_models_before_they_run():
     with pytest.raises(UnsupportedModelError, match=r'mode="default"'):
         make("sentencekv", tiny_model("gemma2"), **PAPER)
+
+
+@torch.no_grad()
+def test_padding_of_a_second_turn_is_hidden_or_refused():
+    model, inputs, found = model_of("llama"), prompts(length=150, pad=0), []
+    for padding in (0, 77):
+        cache = make("sentencekv", model, **PAPER)
+        model(**inputs, past_key_values=cache)
+        more = prompts(length=30, pad=13, seed=4)
+        more["input_ids"][1, :13] = padding
+        mask = torch.cat([inputs["attention_mask"], more["attention_mask"]], dim=1)
+        options = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1)[:, 150:], "past_key_values": cache}
+        try:
+            found.append(model(input_ids=more["input_ids"], **options).logits[:, -1])
+        except CacheStateError:
+            return
+    torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=0)
 
 
 @torch.no_grad()

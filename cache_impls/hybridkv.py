@@ -31,7 +31,10 @@ from hf_ext.cache_impls.retrieval_cache import RetrievalCache
 from hf_ext.cache_impls.retrieval_layer import RetrievalConfig, RetrievalLayer, all_rows
 from hf_ext.cache_impls.rows import take
 from hf_ext.errors import ConfigError
+from hf_ext.log import get_logger, warn_once
 
+
+_logger = get_logger(__name__)
 
 # Part of a byte budget that goes to the codes; the rest keeps tokens at full rank.
 CODE_PART = 0.2
@@ -182,6 +185,12 @@ class HybridKVLayer(RetrievalLayer):
             raise ConfigError(
                 f"HybridKVConfig.max_bytes={config.max_bytes} does not hold sinks, newest tokens and codes of a prompt of "
                 f"{length} tokens; raise it, or lower sink_tokens, recent_tokens, index_rank or value_rank."
+            )
+        if left < 0:
+            warn_once(
+                _logger,
+                f"hybridkv: a prompt of {length} tokens is too short for ratio={config.ratio} with {config.sink_tokens} sinks "
+                f"and {config.recent_tokens} newest tokens; the cache will be larger.",
             )
         room = config.token_budget - config.sink_tokens - config.recent_tokens
         kept = int(left * 48 / 49 / (row + 4))

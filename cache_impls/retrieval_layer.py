@@ -72,6 +72,7 @@ class RetrievalConfig(MethodConfig):
             "token_budget",
             f"must be at least {edges + CHUNK}: sink_tokens + recent_tokens + {CHUNK}, or nothing is left to retrieve",
         )
+        self.check(self.offload_device in (None, "cpu"), "offload_device", "must be 'cpu', or None")
         self.check(
             self.offload_device is None or self.offload_dir is None,
             "offload_dir",
@@ -253,10 +254,9 @@ class RetrievalLayer(KVLayer):
         self.stores = [self.make_store(tokens) for tokens in rows]
 
     def make_store(self, rows: Tensor) -> Store:
-        config = self.config
-        if config.offload_dir is None and config.offload_device is None and rows.device.type == "cpu":
+        if self.config.offload_dir is None and rows.device.type == "cpu":
             return RowBuffer(rows)
-        return OffloadedRows(rows, config.offload_dir)
+        return OffloadedRows(rows, self.config.offload_dir)
 
     def _best(self, scores: Tensor, middle: Tensor, count: int) -> Tensor:
         """The `count` places of `middle` `(B, 1, M)` with the best of the scores `(B, K, N)`, ascending `(B, K, count)`."""

@@ -34,6 +34,7 @@ from hf_ext.cache_impls.retrieval_layer import Index, RetrievalConfig, Retrieval
 from hf_ext.cache_impls.sentence_map import SentenceMap
 from hf_ext.cache_impls.sentencekv_paper import PaperLayer
 from hf_ext.cache_impls.sentences import resolve_boundaries
+from hf_ext.cache_impls.store import CHUNK
 from hf_ext.errors import UnsupportedModelError
 from hf_ext.log import get_logger, warn_once
 
@@ -229,12 +230,12 @@ class SentenceKVLayer(RetrievalLayer):
 
     def settle(self, context: dict[str, Any] | None) -> None:
         super().settle(context)
-        long = context is not None and context["query"].shape[2] > MAX_IN_SPACE_ROWS
-        if long and self.stores and self.kept(self.stored) < self.stored:
+        block = context is not None and context["query"].shape[2] > 1 and not self.record_past
+        if block and self.stores and self.kept(self.stored) + CHUNK < self.stored:
             self._keep_best(context)
 
     def _keep_best(self, context: dict[str, Any] | None) -> None:
-        """After a long block: chooses anew what to keep, among everything still stored."""
+        """After a block: chooses anew what to keep, among everything still stored."""
         rows = [all_rows(store) for store in self.stores]
         places = self.places_of(None, rows[0].shape).long()
         scores = self._importance(rows[0], context, places)

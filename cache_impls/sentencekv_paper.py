@@ -85,6 +85,14 @@ class PaperLayer(KVLayer):
         self.sums.scatter_add_(2, numbers[..., None].expand_as(keys), keys.float() * real[..., None])
         self.counts.scatter_add_(2, numbers, real)
 
+    def observe(self, context: dict[str, Any]) -> None:
+        mask, new = context["mask"], context["query"].shape[2]
+        if mask is None:
+            return
+        shown = mask[:, 0, -1, self.seen - new : self.seen]
+        if not bool((shown if shown.dtype == torch.bool else shown >= 0).all()):
+            raise CacheStateError('mode="paper" does not serve padding behind the prompt; use mode="default".')
+
     def append(self, key: Tensor, value: Tensor) -> None:
         self.waiting = key, value
 

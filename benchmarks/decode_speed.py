@@ -17,18 +17,18 @@ import tempfile
 import time
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import DynamicCache, LlamaConfig, StaticCache
+from transformers import DynamicCache, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_ext import HybridKVCache, OjaKVCache, OjaKVConfig, PackedCache, SentenceKVCache
+from hf_ext.benches.caches import DIM, HEADS, KV_HEADS, Layer, layer_config
 from hf_ext.cache_impls.attention import ATTENTION_NAME, kv_attention_forward
 from hf_ext.cache_impls.base import storage_bytes
 from hf_ext.table import Row, write_rows
 
 
-HEADS, KV_HEADS, DIM = 32, 8, 64
 SYSTEMS = {
     "DynamicCache": lambda config, length: DynamicCache(config=config),
     "StaticCache": lambda config, length: StaticCache(config=config, max_cache_len=length),
@@ -57,29 +57,11 @@ DENSE_LENGTH = 32768
 PROMPT_QUERIES = 512  # the last ones of the prompt, for indexes and anchors
 
 
-class Layer(nn.Module):
-    """What an attention function reads from the module that calls it."""
-
-    layer_idx, num_key_value_groups, is_causal = 0, HEADS // KV_HEADS, True
-
-
-def make_config(ours: bool) -> LlamaConfig:
-    config = LlamaConfig(
-        hidden_size=HEADS * DIM,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        num_hidden_layers=1,
-        head_dim=DIM,
-    )
-    config._attn_implementation_internal = ATTENTION_NAME if ours else "sdpa"
-    return config
-
-
 class System:
     def __init__(self, name: str, length: int, steps: int):
         self.ours = method(name) in OURS and not name.endswith("Cache")
         self.static, self.module = name == "StaticCache", Layer()
-        self.cache = SYSTEMS[name](make_config(self.ours), length + steps)
+        self.cache = SYSTEMS[name](layer_config(ATTENTION_NAME if self.ours else "sdpa"), length + steps)
         self.size = length + steps
 
     def fill(self, query: Tensor, key: Tensor, value: Tensor) -> None:

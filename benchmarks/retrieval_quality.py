@@ -287,13 +287,8 @@ def stored_bytes(cache, itemsize: int) -> float:
     codes = 0
     for layer in cache.layers:
         held = getattr(layer, "index", None), getattr(layer, "value_codes", None)
-        codes += sum(t.data.numel() for part in held if part for t in part_rows(part) if t.data.dtype == torch.int8)
+        codes += sum(t.numel() for part in held if part for t in part.tensors() if t.dtype == torch.int8)
     return (cache.nbytes() - codes) * ELEMENT / itemsize + codes
-
-
-def part_rows(part) -> list:
-    """The buffers of an index or of codes."""
-    return part.buffers() if hasattr(part, "buffers") else [part.rows]
 
 
 def real_systems(tokenizer) -> dict[str, Callable]:

@@ -14,7 +14,7 @@ import copy
 import weakref
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,8 @@ from transformers.cache_utils import (
 )
 
 from hf_ext.cache_impls.attention import ATTENTION_NAME, MAX_IN_SPACE_ROWS, KVBlock, KVStep, attach, is_attached
-from hf_ext.errors import CacheStateError, UnsupportedModelError
+from hf_ext.config import MethodConfig
+from hf_ext.errors import CacheStateError, ConfigError, UnsupportedModelError
 
 
 PAGE = 16  # rows; storage grows to the next multiple
@@ -133,6 +134,8 @@ class KVLayer(CacheLayerMixin):
     attends_in_space = True
     # Whether the prompt itself attends to the stored form, not to the keys and values it brings.
     stores_before_prompt = False
+    # Attributes that hold a tensor whose first axis is the batch, or `None`.
+    batch_state: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, model_config: PreTrainedConfig, layer_idx: int):
         super().__init__()
@@ -286,6 +289,13 @@ class KVLayer(CacheLayerMixin):
         self.batch_size = index.shape[0]
         for buffer in self.buffers():
             buffer.reorder(index)
+        for name in self.batch_state:
+            tensor = getattr(self, name)
+            setattr(self, name, None if tensor is None else tensor[index])
+
+    def held_state(self) -> list[Tensor]:
+        """The tensors of `batch_state` that are there."""
+        return [tensor for tensor in (getattr(self, name, None) for name in self.batch_state) if tensor is not None]
 
     def offload(self) -> None:
         raise CacheStateError(
@@ -421,6 +431,48 @@ class KVCache(Cache):
         for layer in self.layers:
             tensors += layer.tensors() if isinstance(layer, KVLayer) else _library_tensors(layer)
         return storage_bytes(tensors)
+
+
+class ConfiguredCache(KVCache):
+    """A `KVCache` with settings, which scores keys by themselves and so refuses models with ALiBi positions.
+
+    Args:
+        model (`PreTrainedModel` or `PreTrainedConfig`): see `KVCache`.
+        config (`MethodConfig` or `dict`, *optional*): settings of `config_class`; the defaults otherwise.
+    """
+
+    config_class: ClassVar[type[MethodConfig]]
+    config: Any
+
+    def __init__(self, model: PreTrainedModel | PreTrainedConfig, config: MethodConfig | dict[str, Any] | None = None):
+        self.config = self.read_config(config)
+        super().__init__(model)
+
+    @classmethod
+    def from_generate(cls, model: PreTrainedModel, cache_config: dict[str, Any] | None) -> Any:
+        """Builds the cache for `generate(cache_implementation=..., cache_config=...)`; unknown keys are an error."""
+        return cls(model, cache_config)
+
+    @classmethod
+    def read_config(cls, config: Any) -> Any:
+        """Settings as a config, from one, from a dict of its fields, or from nothing."""
+        if config is None or isinstance(config, dict):
+            return cls.config_class.from_dict(config or {}, strict=True)
+        if not isinstance(config, cls.config_class):
+            name = cls.config_class.__name__
+            article = "an" if name[0] in "AEIOU" else "a"
+            raise ConfigError(
+                f"{cls.__name__} takes its settings as {article} {name} or a dict of its fields, not {config!r}."
+            )
+        return config
+
+    def check_model(self, config: PreTrainedConfig, decoder: PreTrainedConfig) -> None:
+        super().check_model(config, decoder)
+        if decoder.model_type in ALIBI_MODELS or getattr(decoder, "alibi", False):
+            raise UnsupportedModelError(
+                f"{type(self).__name__} does not serve {decoder.model_type}: its ALiBi biases are added to the scores of "
+                "every token; use cache_implementation='packed'."
+            )
 
 
 def _library_tensors(layer: Any) -> list[Tensor]:

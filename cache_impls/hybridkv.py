@@ -25,7 +25,7 @@ from transformers import PreTrainedConfig
 
 from hf_ext.cache_impls import subspace
 from hf_ext.cache_impls.attention import Segment
-from hf_ext.cache_impls.base import KVLayer, RowBuffer, padded_rows
+from hf_ext.cache_impls.base import GROWTH, KVLayer, RowBuffer, padded_rows, storage_bytes
 from hf_ext.cache_impls.retrieval import Codes, TokenIndex, product
 from hf_ext.cache_impls.retrieval_cache import RetrievalCache
 from hf_ext.cache_impls.retrieval_layer import RetrievalConfig, RetrievalLayer, all_rows
@@ -95,6 +95,7 @@ class HybridKVLayer(RetrievalLayer):
     """
 
     config: HybridKVConfig
+    batch_state = (*RetrievalLayer.batch_state, "kept_tokens")
 
     def __init__(self, model_config: PreTrainedConfig, layer_idx: int, config: HybridKVConfig, layers: int):
         super().__init__(model_config, layer_idx, config)
@@ -155,11 +156,7 @@ class HybridKVLayer(RetrievalLayer):
         for tokens, codes, moment in ((rows[0], self.index.codes, self.moment), (rows[1], self.value_codes, None)):
             error = tokens.float() - codes.decoded(tokens)
             energy = error.square() if moment is None else (error @ moment) * error
-            norm = energy.sum(-1).clamp_min(0).sqrt()
-            if valid is not None:
-                norm = norm * valid[:, None]
-            count = norm.shape[-1] if valid is None else valid.sum(-1).clamp_min(1)[:, None, None]
-            total += norm / (norm.sum(-1, keepdim=True) / count).clamp_min(1e-12)
+            total += subspace.over_mean(energy.sum(-1).clamp_min(0).sqrt(), valid)
         return total
 
     def plan(self, key: Tensor, value: Tensor, middle: int) -> tuple[int, tuple[int, int]]:
@@ -177,8 +174,8 @@ class HybridKVLayer(RetrievalLayer):
         code = int(CODE_PART * budget / length / 2)
         limits = (config.index_rank or min(code, dim // 2), config.value_rank or min(code, value.shape[3] // 2))
         ranks = [max(1, min(rank, most)) for rank, most in zip(limits, (dim, value.shape[3]))]
-        row, edges = both * size, config.sink_tokens + length - config.sink_tokens - middle
-        fixed = padded_rows(edges) * row + padded_rows(middle) * sum(ranks)
+        row = both * size
+        fixed = padded_rows(length - middle) * row + padded_rows(middle) * sum(ranks)
         fixed += 4 * (dim * (2 * ranks[0] + 1) + value.shape[3] * (2 * ranks[1] + 1))
         left = budget - fixed
         if left < 0 and config.max_bytes is not None:
@@ -193,7 +190,7 @@ class HybridKVLayer(RetrievalLayer):
                 f"and {config.recent_tokens} newest tokens; the cache will be larger.",
             )
         room = config.token_budget - config.sink_tokens - config.recent_tokens
-        kept = int(left * 48 / 49 / (row + 4))
+        kept = int(left * GROWTH / (GROWTH + 1) / (row + 4))
         if kept > room:  # what is fetched for a step is a copy
             kept = max(room, kept - room)
         return min(max(kept, 0), middle), (ranks[0], ranks[1])
@@ -225,7 +222,7 @@ class HybridKVLayer(RetrievalLayer):
     def _renew(self, rows: Tensor, length: int) -> None:
         # The codes of all tokens take part anyway: their scores choose the tokens as well.
         self.code_query = self.index.codes.query(rows)
-        self.code_scores = product(self.code_query, self.index.codes.rows, slack=True)
+        self.code_scores = product(self.code_query, self.index.codes.rows.data)
         if not self.attends_to_store:
             super()._renew(rows, length)
 
@@ -247,7 +244,7 @@ class HybridKVLayer(RetrievalLayer):
     def remainder(self, rows: Tensor) -> list[Segment]:
         """All tokens by their codes, but those that take part at full rank."""
         keys, values = self.index.codes, self.value_codes
-        exact = self.kept_tokens.long() if self.attends_to_store and self.kept_tokens is not None else self.chosen
+        exact = self.kept_tokens.long() if self.attends_to_store else self.chosen
         hidden = None
         if self.hidden is not None:
             hidden = self._hidden_at(self.places_of(None, torch.Size((rows.shape[0], 1, keys.rows.length))))
@@ -276,26 +273,19 @@ class HybridKVLayer(RetrievalLayer):
             states.append(self._in_order(edge.rows, middle.scatter(2, place, all_rows(store))))
         return states[0], states[1]
 
-    def buffers(self) -> list[RowBuffer]:
-        return super().buffers() + ([] if self.value_codes is None else [self.value_codes.rows])
+    def _code_tensors(self) -> list[Tensor]:
+        return [] if self.value_codes is None else self.value_codes.tensors()
 
     def tensors(self) -> list[Tensor]:
-        codes = [] if self.value_codes is None else [self.value_codes.rows.data, *self.value_codes.bases()]
-        return super().tensors() + codes
+        return super().tensors() + self._code_tensors()
 
     def tier_bytes(self) -> dict[str, int]:
-        codes = [] if self.value_codes is None else [self.value_codes.rows.data, *self.value_codes.bases()]
-        return super().tier_bytes() | {"value_codes": sum(t.untyped_storage().nbytes() for t in codes)}
-
-    def _marks(self) -> list[Tensor]:
-        return super()._marks() + ([] if self.kept_tokens is None else [self.kept_tokens])
+        return super().tier_bytes() | {"value_codes": storage_bytes(self._code_tensors())}
 
     def _select(self, index: Tensor) -> None:
         super()._select(index)
         if self.value_codes is not None:
             self.value_codes.reorder(index)
-        if self.kept_tokens is not None:
-            self.kept_tokens = self.kept_tokens[index]
 
 
 class HybridKVCache(RetrievalCache):

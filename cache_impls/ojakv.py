@@ -23,13 +23,13 @@ from typing import Any, Literal
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_ext.cache_impls.base import ALIBI_MODELS, KVCache
+from hf_ext.cache_impls.base import ConfiguredCache
 from hf_ext.cache_impls.budget import RankBudget
 from hf_ext.cache_impls.calibration import Calibration
 from hf_ext.cache_impls.ojakv_layer import OjaKVLayer
 from hf_ext.cache_impls.rope import UNROTATED_MODELS, Rope
 from hf_ext.config import MethodConfig
-from hf_ext.errors import ConfigError, UnsupportedModelError
+from hf_ext.errors import UnsupportedModelError
 
 
 @dataclass
@@ -156,7 +156,7 @@ class OjaKVConfig(MethodConfig):
         )
 
 
-class OjaKVCache(KVCache):
+class OjaKVCache(ConfiguredCache):
     """Cache with a low-rank tier (arXiv 2509.21623).
 
     Args:
@@ -179,12 +179,13 @@ class OjaKVCache(KVCache):
         ```
     """
 
+    config_class = OjaKVConfig
+    config: OjaKVConfig
+
     def __init__(self, model: PreTrainedModel | PreTrainedConfig, config: OjaKVConfig | dict[str, Any] | None = None):
-        self.config = self.read_config(config)
-        self.budget = RankBudget(self.config, layers=0)
         self._rope: Rope | None = None
         self._calibration: Calibration | None = None
-        super().__init__(model)
+        super().__init__(model, config)
         self._calibration = None  # the layers hold its bases
 
     def prepare(self, decoder: PreTrainedConfig, layers: int) -> None:
@@ -194,40 +195,16 @@ class OjaKVCache(KVCache):
                 f"ojakv compresses full-attention layers and {decoder.model_type} has none (sliding windows are bounded "
                 "already); generate without it."
             )
-        self.budget.layers = layers
+        self.budget = RankBudget(self.config, layers)
         if self.config.key_space == "pre" and decoder.model_type not in UNROTATED_MODELS:
             self._rope = Rope(decoder)
         if self.config.calibration is not None:
             self._calibration = Calibration.load(self.config.calibration)
             self._calibration.check_fits(decoder, layers)
 
-    def check_model(self, config: PreTrainedConfig, decoder: PreTrainedConfig) -> None:
-        super().check_model(config, decoder)
-        if decoder.model_type in ALIBI_MODELS or getattr(decoder, "alibi", False):
-            raise UnsupportedModelError(
-                f"ojakv does not serve {decoder.model_type}: its ALiBi biases are added to the scores of every token; "
-                "use cache_implementation='packed'."
-            )
-
     def make_layer(self, model_config: PreTrainedConfig, layer_idx: int, order: int) -> OjaKVLayer:
         start = None if self._calibration is None else self._calibration.bases[order]
         return OjaKVLayer(model_config, layer_idx, self.config, self.budget, self._rope, start)
-
-    @classmethod
-    def from_generate(cls, model: PreTrainedModel, cache_config: dict[str, Any] | None) -> OjaKVCache:
-        """Builds the cache for `generate(cache_implementation="ojakv", cache_config=...)`; unknown keys are an error."""
-        return cls(model, cache_config)
-
-    @staticmethod
-    def read_config(config: OjaKVConfig | dict[str, Any] | None) -> OjaKVConfig:
-        """Settings as a config, from one, from a dict of its fields, or from nothing."""
-        if config is None or isinstance(config, dict):
-            return OjaKVConfig.from_dict(config or {}, strict=True)
-        if not isinstance(config, OjaKVConfig):
-            raise ConfigError(
-                f"OjaKVCache takes its settings as an OjaKVConfig or a dict of its fields, not {config!r}."
-            )
-        return config
 
     def expect_prompt(self, length: int) -> None:
         """Says that the prompt, of `length` tokens, comes in chunks; ranks are then made for the whole of it."""

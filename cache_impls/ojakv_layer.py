@@ -25,6 +25,7 @@ from hf_ext.cache_impls.rows import (
     leading_pads,
     mark_rows,
     position_shift,
+    shown_tokens,
     split_top,
     take,
     visible_rows,
@@ -37,8 +38,6 @@ if TYPE_CHECKING:
 
 # Newest tokens kept out of compression while assisted decoding may take them back, beyond `recent_tokens`.
 RECORDED_TOKENS = 64
-# Attributes of a layer that say where its tokens stand in the text.
-INDEX = ("anchor_positions", "hidden_full", "pads", "sink_start", "shift")
 
 
 class OjaKVLayer(KVLayer):
@@ -52,6 +51,9 @@ class OjaKVLayer(KVLayer):
         rope (`Rope`, *optional*): given when keys are compressed before rotary embedding.
         start (`list[Tensor]`, *optional*): calibrated bases of keys and values, `(K, D, D)`.
     """
+
+    # Where its tokens stand in the text.
+    batch_state = ("anchor_positions", "hidden_full", "pads", "sink_start", "shift")
 
     def __init__(
         self,
@@ -117,8 +119,7 @@ class OjaKVLayer(KVLayer):
         mask, new = context["mask"], context["query"].shape[2]
         if mask is None:
             return
-        shown = mask[:, 0, -1, self.seen - new : self.seen]
-        hidden = ~shown if shown.dtype == torch.bool else shown < 0
+        hidden = ~shown_tokens(mask, self.seen - new, self.seen)
         if not bool(hidden.any()):
             return
         pads = hidden.new_zeros(hidden.shape[0], dtype=torch.long) if self.pads is None else self.pads
@@ -392,12 +393,9 @@ class OjaKVLayer(KVLayer):
         return [buffer for segment in self.segments for buffer in (segment.key, segment.value)]
 
     def tensors(self) -> list[Tensor]:
-        parts = [*(buffer.data for buffer in self.buffers()), *self._index_tensors(), *self.spectra, *self.running]
+        parts = [*(buffer.data for buffer in self.buffers()), *self.held_state(), *self.spectra, *self.running]
         parts += self.start or []
         return parts + [tensor for segment in self.segments for tensor in segment.tensors()]
-
-    def _index_tensors(self) -> list[Tensor]:
-        return [tensor for tensor in map(vars(self).get, INDEX) if tensor is not None]
 
     def tier_bytes(self) -> dict[str, int]:
         row = sum(buffer.row_bytes for buffer in self.full)
@@ -410,7 +408,7 @@ class OjaKVLayer(KVLayer):
             "low_rank": sum(buffer.length * buffer.row_bytes for buffer in self._low_buffers()),
             "bases": storage_bytes(bases + (self.start or [])),
             "state": storage_bytes(self.spectra + self.running),
-            "index": storage_bytes(self._index_tensors() + hidden),
+            "index": storage_bytes(self.held_state() + hidden),
             "slack": sum((b.data.shape[2] - b.length) * b.row_bytes for b in self.buffers()),
         }
 
@@ -432,9 +430,6 @@ class OjaKVLayer(KVLayer):
         super()._select(index)
         for segment in self.segments:
             segment.reorder(index)
-        for name in INDEX:
-            tensor = getattr(self, name)
-            setattr(self, name, None if tensor is None else tensor[index])
         self.spectra = [tensor[index] for tensor in self.spectra]
         self.running = [tensor[index] for tensor in self.running]
 

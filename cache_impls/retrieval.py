@@ -120,6 +120,9 @@ class Codes:
     def bases(self) -> list[Tensor]:
         return [self.mean, self.reduce, self.expand]
 
+    def tensors(self) -> list[Tensor]:
+        return [self.rows.data, *self.bases()]
+
     def reorder(self, index: Tensor) -> None:
         self.mean, self.reduce, self.expand = self.mean[index], self.reduce[index], self.expand[index]
         self.rows.reorder(index)
@@ -191,7 +194,7 @@ class TokenIndex:
         """
         query = self.codes.query(rows)
         if not self.pages:
-            return product(query, self.codes.rows), None
+            return product(query, self.codes.rows.data)[..., : self.length], None
         chosen = self._promising_pages(query)
         places = (chosen[..., None] * PAGE + torch.arange(PAGE, device=query.device)).flatten(2)
         # Pages are read as wide rows, which is many times faster than their tokens one by one.
@@ -202,25 +205,19 @@ class TokenIndex:
         paged = self.pages[0].length * PAGE
         candidates = torch.cat([candidates, stored.rows[:, :, paged:]], dim=2)
         rest = torch.arange(paged, self.length, device=query.device).expand(*places.shape[:2], -1)
-        batch, heads, length, _ = query.shape
-        scores = query.new_empty(batch * heads, length, candidates.shape[2])
-        score_rows(query.flatten(0, 1), candidates.flatten(0, 1), scores)
-        return scores.view(batch, heads, length, -1), torch.cat([places, rest], dim=-1)
+        return product(query, candidates), torch.cat([places, rest], dim=-1)
 
     def _promising_pages(self, query: Tensor) -> Tensor:
         """The pages where the tokens with the best scores are expected, `(B, K, P)`, ascending."""
         mean, spread = self.pages
         reach = PAGE_SPREAD * (query.square() * self.usual).sum(-1, keepdim=True).sqrt()
-        weight = best_of_heads(product(query, mean).addcmul_(reach, spread.rows.float().mT))
+        weight = best_of_heads(product(query, mean.data)[..., : mean.length].addcmul_(reach, spread.rows.float().mT))
         count = min(self.candidates // PAGE, weight.shape[-1])
         return weight.topk(count, dim=-1, sorted=False).indices.sort(-1).values
 
-    def buffers(self) -> list[RowBuffer]:
-        return [self.codes.rows, *self.pages]
-
     def tensors(self) -> list[Tensor]:
         usual = [] if self.usual is None else [self.usual]
-        return [*(buffer.data for buffer in self.buffers()), *self.codes.bases(), *usual]
+        return [*self.codes.tensors(), *(buffer.data for buffer in self.pages), *usual]
 
     def reorder(self, index: Tensor) -> None:
         self.codes.reorder(index)
@@ -266,16 +263,13 @@ class PageIndex:
     def score(self, rows: Tensor) -> tuple[Tensor, None]:
         """See `TokenIndex.score`; all tokens of a page have its bound."""
         query = torch.cat([rows.clamp_min(0), rows.clamp_max(0)], dim=-1).float()
-        scores = product(query, self.bounds).repeat_interleave(PAGE, dim=-1)
+        scores = product(query, self.bounds.data)[..., : self.bounds.length].repeat_interleave(PAGE, dim=-1)
         if self.rest.shape[2]:
             bound = torch.maximum(self.rest.amax(2, keepdim=True) * rows, self.rest.amin(2, keepdim=True) * rows)
             scores = torch.cat(
                 [scores, bound.float().sum(-1, keepdim=True).expand(-1, -1, -1, self.rest.shape[2])], -1
             )
         return scores, None
-
-    def buffers(self) -> list[RowBuffer]:
-        return [self.bounds]
 
     def tensors(self) -> list[Tensor]:
         return [self.bounds.data, self.rest]
@@ -326,9 +320,6 @@ class SentenceIndex:
         order = order + torch.arange(self.length, device=rows.device)
         return -order.double()[:, :, None], None
 
-    def buffers(self) -> list[RowBuffer]:
-        return []
-
     def tensors(self) -> list[Tensor]:
         return [self.sums, self.counts, self.sentences]
 
@@ -336,14 +327,12 @@ class SentenceIndex:
         self.sums, self.counts, self.sentences = self.sums[index], self.counts[index], self.sentences[index]
 
 
-def product(query: Tensor, keys: RowBuffer, slack: bool = False) -> Tensor:
-    """`query @ keys.mT`, `(B, K, Q, N)` from `(B, K, Q, R)` and the rows `(B, K, N, R)` of any type; `slack` leaves the
-    columns of rows not in use."""
+def product(query: Tensor, keys: Tensor) -> Tensor:
+    """`query @ keys.mT`, `(B, K, Q, N)` from `(B, K, Q, R)` and `(B, K, N, R)` of any type; see `score_rows`."""
     batch, heads, length, _ = query.shape
-    scores = query.new_empty(batch * heads, length, keys.data.shape[2])
-    score_rows(query.flatten(0, 1), keys.data.flatten(0, 1), scores)
-    scores = scores.view(batch, heads, length, -1)
-    return scores if slack else scores[..., : keys.length]
+    scores = query.new_empty(batch * heads, length, keys.shape[2])
+    score_rows(query.flatten(0, 1), keys.flatten(0, 1), scores)
+    return scores.view(batch, heads, length, -1)
 
 
 def best_of_heads(scores: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ Shapes: B batch, H query heads, K key/value heads, G = H / K, Q new tokens, N to
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,6 @@ from transformers import PreTrainedConfig
 
 from hf_ext.cache_impls import subspace
 from hf_ext.cache_impls.attention import (
-    MAX_IN_SPACE_ROWS,
     Segment,
     group_rows,
     segment_attention,
@@ -35,7 +34,7 @@ from hf_ext.cache_impls.retrieval import (
     query_moment,
     spread_forward,
 )
-from hf_ext.cache_impls.rows import split_top, take
+from hf_ext.cache_impls.rows import shown_tokens, split_top, take
 from hf_ext.cache_impls.store import CHUNK, OffloadedRows
 from hf_ext.config import MethodConfig
 from hf_ext.errors import CacheStateError
@@ -88,6 +87,8 @@ class RetrievalLayer(KVLayer):
         layer_idx (`int`): the layer's place in the model.
         config (`RetrievalConfig`): settings.
     """
+
+    batch_state: ClassVar[tuple[str, ...]] = ("chosen", "shown", "sink_places", "places", "hidden", "moment")
 
     def __init__(self, model_config: PreTrainedConfig, layer_idx: int, config: RetrievalConfig):
         super().__init__(model_config, layer_idx)
@@ -196,8 +197,7 @@ class RetrievalLayer(KVLayer):
                 self.hidden = torch.nn.functional.pad(self.hidden, (0, self.seen - self.hidden.shape[1]))
             return
         before = self.seen - new
-        shown = mask[:, 0, -1, before : self.seen]
-        hidden = ~shown if shown.dtype == torch.bool else shown < 0
+        hidden = ~shown_tokens(mask, before, self.seen)
         if self.hidden is None and not bool(hidden.any()):
             return
         known = hidden.new_zeros(hidden.shape[0], before) if self.hidden is None else self.hidden
@@ -249,8 +249,11 @@ class RetrievalLayer(KVLayer):
         if self.hidden is not None or middle.shape[1] > 1:
             self.places = middle.to(torch.int32)
         everywhere = middle.expand(-1, key.shape[1], -1)
-        rows = [take(tokens, everywhere) for tokens in (key, value)]
-        self.index = self.build_index(rows[0], self._hidden_at(middle), middle)
+        self._index_and_store([take(tokens, everywhere) for tokens in (key, value)], middle)
+
+    def _index_and_store(self, rows: list[Tensor], places: Tensor) -> None:
+        """Makes index and stores of the keys and values `(B, K, M, D)` that stand at `places` `(B, 1 or K, M)`."""
+        self.index = self.build_index(rows[0], self._hidden_at(places), places)
         self.stores = [self.make_store(tokens) for tokens in rows]
 
     def make_store(self, rows: Tensor) -> Store:
@@ -278,10 +281,8 @@ class RetrievalLayer(KVLayer):
 
     def restore(self, rows: list[Tensor], chosen: Tensor, places: Tensor) -> None:
         """Makes stores and index anew of the rows `chosen` `(B, K, M)` of `rows` (keys, values), which stand at `places`."""
-        kept = [take(tokens, chosen) for tokens in rows]
         self.places = places.to(torch.int32)
-        self.index = self.build_index(kept[0], self._hidden_at(places), places)
-        self.stores = [self.make_store(tokens) for tokens in kept]
+        self._index_and_store([take(tokens, chosen) for tokens in rows], places)
         self.slots, self.chosen, self.shown = [], None, None
 
     def _importance(self, key: Tensor, context: dict[str, Any] | None, places: Tensor | None = None) -> Tensor:
@@ -440,9 +441,6 @@ class RetrievalLayer(KVLayer):
             return self.places
         return self.places.expand(-1, candidates.shape[1], -1).gather(2, candidates)
 
-    def can_attend(self, query: Tensor) -> bool:
-        return self.attends_in_space and not query.requires_grad and query.shape[2] <= MAX_IN_SPACE_ROWS
-
     def materialize(self) -> tuple[Tensor, Tensor]:
         if not self.stores:
             return self.full[0].rows, self.full[1].rows
@@ -468,17 +466,12 @@ class RetrievalLayer(KVLayer):
     # Bookkeeping.
 
     def buffers(self) -> list[RowBuffer]:
-        return [*self.full, *([] if self.index is None else self.index.buffers())]
-
-    def _marks(self) -> list[Tensor]:
-        names = (self.chosen, self.shown, self.places, self.sink_places, self.hidden)
-        return [tensor for tensor in names if tensor is not None]
+        return self.full
 
     def tensors(self) -> list[Tensor]:
-        state = [] if self.moment is None else [self.moment]
         index = [] if self.index is None else self.index.tensors()
         stores = [store.data for store in self.stores if isinstance(store, RowBuffer)]
-        return [*(buffer.data for buffer in self.full), *self.slots, *stores, *index, *self._marks(), *state]
+        return [*(buffer.data for buffer in self.full), *self.slots, *stores, *index, *self.held_state()]
 
     def tier_bytes(self) -> dict[str, int]:
         row = sum(buffer.row_bytes for buffer in self.full)
@@ -493,7 +486,7 @@ class RetrievalLayer(KVLayer):
             "retrieved": storage_bytes(self.slots),
             "stored": stored,
             "index": 0 if self.index is None else storage_bytes(self.index.tensors()),
-            "marks": storage_bytes(self._marks()),
+            "marks": storage_bytes([tensor for tensor in self.held_state() if tensor is not self.moment]),
             "state": 0 if self.moment is None else storage_bytes([self.moment]),
             "slack": held - length * row + whole - stored,
         }
@@ -518,17 +511,12 @@ class RetrievalLayer(KVLayer):
             self.hidden = self.hidden[:, : self.seen]
 
     def _select(self, index: Tensor) -> None:
-        self.batch_size = index.shape[0]
-        for buffer in self.full:
-            buffer.reorder(index)
+        super()._select(index)
         for store in self.stores:
             store.reorder(index)
         if self.index is not None:
             self.index.reorder(index)
         self.slots = [rows[index] for rows in self.slots]
-        for name in ("chosen", "shown", "sink_places", "places", "hidden", "moment"):
-            tensor = getattr(self, name)
-            setattr(self, name, None if tensor is None else tensor[index])
 
     def reset(self) -> None:
         super().reset()

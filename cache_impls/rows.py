@@ -26,6 +26,13 @@ def split_top(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return order[..., :count].sort(dim=-1).values, order[..., count:].sort(dim=-1).values
 
 
+def shown_tokens(mask: Tensor, start: int, stop: int) -> Tensor:
+    """Which of the tokens from `start` to `stop` the last query sees, boolean `(B, n)`; of a mask `(B, 1, Q, N)`, boolean or
+    additive."""
+    shown = mask[:, 0, -1, start:stop]
+    return shown if shown.dtype == torch.bool else shown >= 0
+
+
 def leading_pads(mask: Tensor | None, length: int) -> Tensor | None:
     """Padding tokens before each row, `(B,)`, from the mask of an attention call; `None` where there are none.
 
@@ -38,8 +45,7 @@ def leading_pads(mask: Tensor | None, length: int) -> Tensor | None:
     """
     if mask is None:
         return None
-    seen = mask[:, 0, -1, :length]
-    seen = seen if seen.dtype == torch.bool else seen >= 0
+    seen = shown_tokens(mask, 0, length)
     pads = (~seen).sum(-1)
     if not bool(pads.any()):
         return None

@@ -55,6 +55,11 @@ class SentenceMap:
         ends = marks | ((places - starts + 1) % longest == 0)
         self.ends = ends if self.ends is None else torch.cat([self.ends, ends], dim=1)
 
+    def reach(self, length: int, batch: int, device: torch.device) -> None:
+        """Takes tokens that no hook has seen in as blocks, up to `length` of all."""
+        if self.length < length:
+            self.extend(length - self.length, batch, device, None, None)
+
     def open_length(self, batch: int, device: torch.device) -> Tensor:
         """Tokens of the sentence that has not ended yet, `(B,)`."""
         if self.ends is None or self.length == 0:

@@ -111,6 +111,7 @@ class SentenceKVLayer(RetrievalLayer):
     """
 
     config: SentenceKVConfig
+    batch_state = (*RetrievalLayer.batch_state, "asked_sum", "asked_count")
 
     def __init__(
         self, model_config: PreTrainedConfig, layer_idx: int, config: SentenceKVConfig, sentences: SentenceMap
@@ -148,14 +149,11 @@ class SentenceKVLayer(RetrievalLayer):
         self.index.append(rows[0], self._sentences_at(places, rows[0]), hidden)
 
     def _sentences_at(self, places: Tensor, keys: Tensor) -> Tensor:
-        numbers = self._read().numbers()[:, None].expand(-1, places.shape[1], -1).gather(2, places)
-        return numbers.expand(keys.shape[:3])
+        return self.marks_at(self._read().numbers(), places).expand(keys.shape[:3])
 
     def _read(self) -> SentenceMap:
         """The sentences up to the newest token; those no hook has seen are blocks."""
-        missing = self.seen - self.sentences.length
-        if missing > 0:
-            self.sentences.extend(missing, self.batch_size, self.device, None, None)
+        self.sentences.reach(self.seen, self.batch_size, self.device)
         return self.sentences
 
     def forced(self, candidates: Tensor | None, shape: torch.Size) -> Tensor | None:
@@ -246,14 +244,6 @@ class SentenceKVLayer(RetrievalLayer):
         places = places.expand(-1, rows[0].shape[1], -1).gather(2, best)
         self.restore(rows, best, places)
 
-    def _select(self, index: Tensor) -> None:
-        super()._select(index)
-        if self.asked_sum is not None and self.asked_count is not None:
-            self.asked_sum, self.asked_count = self.asked_sum[index], self.asked_count[index]
-
-    def _marks(self) -> list[Tensor]:
-        return super()._marks() + [t for t in (self.asked_sum, self.asked_count) if t is not None]
-
 
 class SentenceKVCache(RetrievalCache):
     """Cache that attends to a fixed number of tokens (arXiv 2504.00970).
@@ -319,10 +309,9 @@ class SentenceKVCache(RetrievalCache):
         real = None
         if mask is not None and mask.dim() == 2 and mask.shape[1] >= seen + count:
             real = mask[:, seen : seen + count].bool()
-        if self.sentences.length == seen:
-            device = mask.device if ids is None and mask is not None else ids.device if ids is not None else None
-            if device is not None:
-                self.sentences.extend(count, batch, device, ids, real)
+        source = mask if ids is None else ids
+        if self.sentences.length == seen and source is not None:
+            self.sentences.extend(count, batch, source.device, ids, real)
 
     def shared_tensors(self) -> list[Tensor]:
         held = (self.sentences.ends, self.sentences.boundary_ids)

@@ -19,7 +19,7 @@ from torch.nn.functional import max_pool1d, pad, scaled_dot_product_attention
 from transformers import PreTrainedConfig
 
 from hf_ext.cache_impls.base import KVLayer, RowBuffer, storage_bytes
-from hf_ext.cache_impls.rows import leading_pads, split_top, take
+from hf_ext.cache_impls.rows import leading_pads, shown_tokens, split_top, take
 from hf_ext.cache_impls.sentence_map import SentenceMap
 from hf_ext.errors import CacheStateError
 
@@ -38,6 +38,8 @@ class PaperLayer(KVLayer):
         config (`SentenceKVConfig`): settings; `keep` is a number.
         sentences (`SentenceMap`): shared by the layers of a cache.
     """
+
+    batch_state = ("before", "current", "numbers", "sums", "counts", "asked", "asked_count")
 
     def __init__(
         self, model_config: PreTrainedConfig, layer_idx: int, config: SentenceKVConfig, sentences: SentenceMap
@@ -68,8 +70,7 @@ class PaperLayer(KVLayer):
         self.rows = [RowBuffer(take(states, places)) for states in (key, value)]
         # Padding that was kept stands in front: the number of slots before the first real one.
         self.before = torch.zeros_like(places[..., 0]) if hidden is None else hidden.gather(2, places).sum(2)
-        if self.sentences.length < self.seen:
-            self.sentences.extend(self.seen - self.sentences.length, batch, key.device, None, None)
+        self.sentences.reach(self.seen, batch, key.device)
         numbers = self.sentences.numbers()[:, :length]
         self.current = numbers[:, -1] + 1  # (B,), the sentence being written
         self.numbers = numbers[:, None].expand(-1, heads, -1).gather(2, places)  # (B, H, N)
@@ -89,8 +90,7 @@ class PaperLayer(KVLayer):
         mask, new = context["mask"], context["query"].shape[2]
         if mask is None:
             return
-        shown = mask[:, 0, -1, self.seen - new : self.seen]
-        if not bool((shown if shown.dtype == torch.bool else shown >= 0).all()):
+        if not bool(shown_tokens(mask, self.seen - new, self.seen).all()):
             raise CacheStateError('mode="paper" does not serve padding behind the prompt; use mode="default".')
 
     def append(self, key: Tensor, value: Tensor) -> None:
@@ -101,8 +101,7 @@ class PaperLayer(KVLayer):
 
     def attend(self, query: Tensor, mask: Tensor | None, scaling: float, softcap: float | None) -> Tensor:
         key, value = (s.repeat_interleave(query.shape[1] // s.shape[1], dim=1) for s in self.waiting)
-        if self.sentences.length < self.seen:
-            self.sentences.extend(self.seen - self.sentences.length, key.shape[0], key.device, None, None)
+        self.sentences.reach(self.seen, key.shape[0], key.device)
         ends = self.sentences.ends[:, self.seen - query.shape[2] : self.seen]
         self.waiting = None
         # One token at a time: each may close the sentence the next one asks.
@@ -160,16 +159,13 @@ class PaperLayer(KVLayer):
     def buffers(self) -> list[RowBuffer]:
         return self.rows
 
-    def _state(self) -> list[Tensor]:
-        return [self.before, self.current, self.numbers, self.sums, self.counts, self.asked, self.asked_count]
-
     def tensors(self) -> list[Tensor]:
-        return [*super().tensors(), *self._state()] if self.seen else []
+        return [*super().tensors(), *self.held_state()] if self.seen else []
 
     def tier_bytes(self) -> dict[str, int]:
         used = sum(buffer.length * buffer.row_bytes for buffer in self.rows)
         held = sum(buffer.data.shape[2] * buffer.row_bytes for buffer in self.rows)
-        return {"full": used, "slack": held - used, "index": storage_bytes(self._state()) if self.seen else 0}
+        return {"full": used, "slack": held - used, "index": storage_bytes(self.held_state()) if self.seen else 0}
 
     def check_crop(self, count: int) -> None:
         super().check_crop(count)
@@ -178,12 +174,6 @@ class PaperLayer(KVLayer):
 
     def _drop_newest(self, count: int) -> None:
         raise CacheStateError('mode="paper" cannot take tokens back.')
-
-    def _select(self, index: Tensor) -> None:
-        super()._select(index)
-        names = ("before", "current", "numbers", "sums", "counts", "asked", "asked_count")
-        for name in names:
-            setattr(self, name, getattr(self, name)[index])
 
     def reset(self) -> None:
         super().reset()

@@ -231,12 +231,16 @@ def relative_residual(streams: list[Tensor], bases: list[Tensor], valid: Tensor 
     """
     total = torch.zeros(streams[0].shape[:3], device=streams[0].device)
     for tokens, basis in zip(streams, bases):
-        norm = residual_norm(tokens, basis)
-        if valid is not None:
-            norm = norm * valid[:, None]
-        count = norm.shape[-1] if valid is None else valid.sum(-1).clamp_min(1)[:, None, None]
-        total += norm / (norm.sum(-1, keepdim=True) / count).clamp_min(1e-12)
+        total += over_mean(residual_norm(tokens, basis), valid)
     return total
+
+
+def over_mean(norm: Tensor, valid: Tensor | None = None) -> Tensor:
+    """`norm` `(B, K, N)` over its mean across tokens; those marked `False` in `valid` `(B, N)` are zero and do not count."""
+    if valid is not None:
+        norm = norm * valid[:, None]
+    count = norm.shape[-1] if valid is None else valid.sum(-1).clamp_min(1)[:, None, None]
+    return norm / (norm.sum(-1, keepdim=True) / count).clamp_min(1e-12)
 
 
 def logit_error(queries: Tensor, keys: Tensor, basis: Tensor, scaling: float) -> Tensor:

@@ -213,7 +213,7 @@ def quality(
     return [_row(method, system, setting, name, values, metrics[name]) for (system, name), values in samples.items()]
 
 
-class _Layer(nn.Module):
+class Layer(nn.Module):
     """What an attention function reads from the module that calls it."""
 
     layer_idx, num_key_value_groups, is_causal = 0, HEADS // KV_HEADS, True
@@ -223,7 +223,7 @@ def speed(method: str, systems: dict[str, Maker], seeds: int, note: str = "") ->
     """Time of one decode step, and over that of `DynamicCache` with SDPA: the mean over each seed's steps."""
     makers: dict[str, Maker] = {"dense": _dense, **systems}
     times: dict[str, list[float]] = {system: [] for system in makers}
-    module = _Layer()
+    module = Layer()
     for seed in range(seeds):
         generator = torch.Generator().manual_seed(seed)
 
@@ -233,7 +233,7 @@ def speed(method: str, systems: dict[str, Maker], seeds: int, note: str = "") ->
             )
             return query, key, value
 
-        caches = {system: make(_shape()) for system, make in makers.items()}
+        caches = {system: make(layer_config()) for system, make in makers.items()}
         _, key, value = states(STORED)
         for cache in caches.values():
             fill(cache, [(key, value, None)])
@@ -286,8 +286,8 @@ def _dense(model: Any) -> Cache:
     return DynamicCache(config=getattr(model, "config", model))
 
 
-def _shape() -> LlamaConfig:
-    """One layer of Llama-3.2-1B that runs our attention function; what others return is given to SDPA."""
+def layer_config(attention: str = ATTENTION_NAME) -> LlamaConfig:
+    """One layer of Llama-3.2-1B that runs `attention`; what caches of others return is given to SDPA in any case."""
     config = LlamaConfig(
         hidden_size=HEADS * DIM,
         num_attention_heads=HEADS,
@@ -295,7 +295,7 @@ def _shape() -> LlamaConfig:
         num_hidden_layers=1,
         head_dim=DIM,
     )
-    config._attn_implementation_internal = ATTENTION_NAME
+    config._attn_implementation_internal = attention
     return config
 
 

@@ -1,11 +1,14 @@
 """What the cache tests share: prompts, a generate call, a layer driven without a model, models that compress losslessly."""
 
+import contextlib
 from types import SimpleNamespace
 
 import torch
+from transformers import PreTrainedConfig
 
 from hf_ext import OjaKVCache, OjaKVConfig
 from hf_ext.cache_impls.attention import ATTENTION_NAME, kv_attention_forward
+from hf_ext.cache_impls.store import OffloadedRows
 from hf_ext.tiny import tiny_config, tiny_model
 
 
@@ -129,3 +132,36 @@ class Driver:
             outputs.append(self.feed(query[:, :, part], key[:, :, part], value[:, :, part]))
             start += size
         return outputs
+
+
+@contextlib.contextmanager
+def untouched(model):
+    """No forward call runs inside, and the model and its generation config end as they began."""
+    calls = []
+    handle = model.register_forward_pre_hook(lambda *_: calls.append(1))
+    before = model.config.to_dict(), model.generation_config.to_dict(), model.config._attn_implementation
+    yield
+    handle.remove()
+    assert not calls, "the model ran"
+    assert (model.config.to_dict(), model.generation_config.to_dict(), model.config._attn_implementation) == before
+
+
+def reachable_bytes(root):
+    """Bytes of the distinct storages found by following every attribute, list and dict from `root`; those of
+    `OffloadedRows`, which are in a file or belong to the host, are left out."""
+    storages, seen, waiting = {}, set(), [root]
+    while waiting:
+        item = waiting.pop()
+        if id(item) in seen or isinstance(item, PreTrainedConfig | OffloadedRows | str | type):
+            continue
+        seen.add(id(item))
+        if isinstance(item, torch.Tensor):
+            storage = item.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(item, dict):
+            waiting += item.values()
+        elif isinstance(item, list | tuple | set):
+            waiting += item
+        elif hasattr(item, "__dict__"):
+            waiting += vars(item).values()
+    return sum(storages.values())

@@ -3,10 +3,8 @@
 import functools
 
 import torch
-from transformers import PreTrainedConfig
 
 from hf_ext import HybridKVCache, HybridKVConfig, SentenceKVCache, SentenceKVConfig
-from hf_ext.cache_impls.store import OffloadedRows
 from hf_ext.tiny import ARCHITECTURES, tiny_model
 from tests.cache_impls.helpers import Driver
 
@@ -114,27 +112,6 @@ class RetrievalDriver(Driver):
         layer = self.layer
         if getattr(layer, "stores", None) and layer.chosen is not None:
             self.attended.append(attended_places(layer))
-
-
-def reachable_bytes(root):
-    """Bytes of the distinct storages found by following every attribute, list and dict from `root`; those of
-    `OffloadedRows`, which are in a file or belong to the host, are left out."""
-    storages, seen, waiting = {}, set(), [root]
-    while waiting:
-        item = waiting.pop()
-        if id(item) in seen or isinstance(item, PreTrainedConfig | OffloadedRows | str | type):
-            continue
-        seen.add(id(item))
-        if isinstance(item, torch.Tensor):
-            storage = item.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-        elif isinstance(item, dict):
-            waiting += item.values()
-        elif isinstance(item, list | tuple | set):
-            waiting += item
-        elif hasattr(item, "__dict__"):
-            waiting += vars(item).values()
-    return sum(storages.values())
 
 
 def index_bytes(cache):

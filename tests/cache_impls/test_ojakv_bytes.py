@@ -5,33 +5,13 @@ import math
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers import Cache, DynamicCache
 
 import hf_ext
 from hf_ext import OjaKVCache, OjaKVConfig
 from hf_ext.cache_impls.calibration import Calibration
 from hf_ext.tiny import tiny_model
-from tests.cache_impls.helpers import SMALL, generate, lossless_model, prompts, small_cache
-
-
-def reachable_bytes(root):
-    """Bytes of the distinct storages found by following every attribute, list and dict from `root`."""
-    storages, seen, waiting = {}, set(), [root]
-    while waiting:
-        item = waiting.pop()
-        if id(item) in seen or isinstance(item, (PreTrainedConfig, str, type)):
-            continue
-        seen.add(id(item))
-        if isinstance(item, torch.Tensor):
-            storage = item.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-        elif isinstance(item, dict):
-            waiting += item.values()
-        elif isinstance(item, (list, tuple, set)):
-            waiting += item
-        elif hasattr(item, "__dict__"):
-            waiting += vars(item).values()
-    return sum(storages.values())
+from tests.cache_impls.helpers import SMALL, generate, lossless_model, prompts, reachable_bytes, small_cache
 
 
 def check_bytes(cache):

@@ -10,25 +10,7 @@ import hf_ext
 from hf_ext import CacheStateError, ConfigError, OjaKVCache, OjaKVConfig, PackedCache, UnsupportedModelError
 from hf_ext.cache_impls.calibration import Calibration
 from hf_ext.tiny import tiny_model
-from tests.cache_impls.helpers import generate, prompts, small_cache
-
-
-@contextlib.contextmanager
-def untouched(model):
-    """No forward call runs inside, and the model and its generation config end as they began."""
-    calls = []
-    handle = model.register_forward_pre_hook(lambda *_: calls.append(1))
-    before = model.config.to_dict(), model.generation_config.to_dict(), model.config._attn_implementation
-    yield
-    handle.remove()
-    assert not calls, "the model ran"
-    assert (model.config.to_dict(), model.generation_config.to_dict(), model.config._attn_implementation) == before
-
-
-@pytest.fixture
-def _registered():
-    with hf_ext.registered():
-        yield
+from tests.cache_impls.helpers import generate, prompts, small_cache, untouched
 
 
 BAD_SETTINGS = [

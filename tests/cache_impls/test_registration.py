@@ -65,21 +65,6 @@ def direct(model, inputs, **kwargs):
     return generate(model, OjaKVCache(model, OjaKVConfig(**SETTINGS)), inputs, **kwargs)
 
 
-@pytest.fixture
-def built(monkeypatch):
-    """Caches made while the test runs."""
-    made = []
-    for cls in (OjaKVCache, PackedCache):
-        original = cls.__init__
-
-        def record(self, *args, original=original, **kwargs):
-            made.append(self)
-            original(self, *args, **kwargs)
-
-        monkeypatch.setattr(cls, "__init__", record)
-    return made
-
-
 def test_every_hook_point_is_there():
     assert all(found for _, found, _ in check_hook_points()), check_hook_points()
 

@@ -19,30 +19,12 @@ from hf_ext import (
     UnsupportedModelError,
 )
 from hf_ext.tiny import tiny_model
-from tests.cache_impls.helpers import generate, prompts
+from tests.cache_impls.helpers import generate, prompts, untouched
 from tests.cache_impls.retrieval_helpers import CACHES, REFUSED, TIGHT, feed, later, make, model_of, stored_tokens
 from tests.cache_impls.test_sentencekv_generate import MARKS, word_tokenizer
 
 
 NAMES = list(CACHES)
-
-
-@contextlib.contextmanager
-def untouched(model):
-    """No forward call runs inside, and the model and its generation config end as they began."""
-    calls = []
-    handle = model.register_forward_pre_hook(lambda *_: calls.append(1))
-    before = model.config.to_dict(), model.generation_config.to_dict(), model.config._attn_implementation
-    yield
-    handle.remove()
-    assert not calls, "the model ran"
-    assert (model.config.to_dict(), model.generation_config.to_dict(), model.config._attn_implementation) == before
-
-
-@pytest.fixture
-def _registered():
-    with hf_ext.registered():
-        yield
 
 
 BOTH = [

@@ -8,7 +8,7 @@ from hf_ext.cache_impls import retrieval
 from hf_ext.cache_impls.base import storage_bytes
 from hf_ext.cache_impls.retrieval import PAGE
 from hf_ext.tiny import tiny_model
-from tests.cache_impls.helpers import generate, prompts, text_tensors
+from tests.cache_impls.helpers import generate, prompts, reachable_bytes, text_tensors
 from tests.cache_impls.retrieval_helpers import (
     EDGES,
     TIGHT,
@@ -20,7 +20,6 @@ from tests.cache_impls.retrieval_helpers import (
     later,
     make,
     model_of,
-    reachable_bytes,
     stored_tokens,
 )
 

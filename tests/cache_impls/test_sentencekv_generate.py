@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, pipeline
 
 import hf_ext
-from hf_ext import HybridKVCache, SentenceKVCache, SentenceKVConfig, log
+from hf_ext import SentenceKVCache, SentenceKVConfig, log
 from hf_ext.tiny import tiny_model
 from tests.cache_impls.helpers import generate, prompts
 from tests.cache_impls.retrieval_helpers import CACHES, assert_close, feed, later, make, model_of, stored_tokens
@@ -20,27 +20,6 @@ SETTINGS = {
     "sentencekv": {"token_budget": 96, "boundary_ids": MARKS, "score": "mean_query"},
     "hybridkv": {"token_budget": 96, "value_rank": 3},
 }
-
-
-@pytest.fixture
-def _registered():
-    with hf_ext.registered():
-        yield
-
-
-@pytest.fixture
-def built(monkeypatch):
-    """Caches made while the test runs."""
-    made = []
-    for cls in (SentenceKVCache, HybridKVCache):
-        original = cls.__init__
-
-        def record(self, *args, original=original, **kwargs):
-            made.append(self)
-            original(self, *args, **kwargs)
-
-        monkeypatch.setattr(cls, "__init__", record)
-    return made
 
 
 def by_name(model, inputs, name, **kwargs):

@@ -1,10 +1,12 @@
-"""The measured tables in the README and the docs are those of the committed results, and the table maker makes them right."""
+"""The measured tables in the README and the docs are those of the committed results; tables and plots are made right."""
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from benchmarks import make_tables
+from benchmarks import make_plots, make_tables
 from hf_ext.table import Row, write_rows
 
 
@@ -187,3 +189,47 @@ def test_check_finds_a_stale_page_and_writing_mends_it(results, tmp_path, monkey
     assert text.endswith(f"{make_tables.END}\nbelow\n")
     write_rows(tmp_path / "benchmarks" / "results" / "decode_speed.json", rows_of_decode_speed()[::-1])
     assert make_tables.main(["--check"]) == 1, "changed results must show"
+
+
+def rows_to_plot():
+    """A dense cache that stops early, a cache of ours, and a system that no plot shows."""
+    rows = []
+    for tokens, kind in ((2, "float32"), (2, "bfloat16"), (8, "float32"), (8, "bfloat16"), (32, "float32")):
+        for system in ("DynamicCache", "sentencekv, on disk", "sentencekv, refresh 8"):
+            if system != "DynamicCache" or tokens < 32:
+                setting = f"a layer, {tokens}K, {kind}, 1 thread"
+                rows.append(Row("packed", system, setting, "decode step", 1.5 * tokens, "ms", 24, 0.1))
+                rows.append(Row("packed", system, setting, "resident bytes", 4.0 * tokens, "MB"))
+    return rows
+
+
+def test_plots_are_the_same_bytes_at_every_run_and_show_what_was_measured(tmp_path):
+    results = write_rows(tmp_path / "decode_speed.json", rows_to_plot())
+    for folder in ("a", "b"):
+        make_plots.main(["--results", str(results), "--out", str(tmp_path / folder)])
+    names = ["decode_step.svg", "resident_bytes.svg"]
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == names
+    for name, unit in zip(names, ("ms", "MB")):
+        text = (tmp_path / "a" / name).read_text()
+        assert (tmp_path / "b" / name).read_text() == text
+        shown = [system for system in make_plots.STYLES if f">{system}<" in text]
+        assert shown == ["DynamicCache", "sentencekv, on disk"]
+        assert all(part in text for part in (">float32<", ">bfloat16<", ">32K<", f"({unit})", "a layer, 1 thread"))
+        assert len(text) < 60_000
+    write_rows(results, [replace(row, value=row.value + row.value**2) for row in rows_to_plot()])
+    make_plots.main(["--results", str(results), "--out", str(tmp_path / "b")])
+    assert all((tmp_path / "a" / name).read_text() != (tmp_path / "b" / name).read_text() for name in names)
+
+
+def test_results_without_a_system_to_plot_are_an_error(tmp_path):
+    results = write_rows(tmp_path / "x.json", [row for row in rows_to_plot() if row.system.endswith("refresh 8")])
+    with pytest.raises(SystemExit, match="no 'decode step' of any of DynamicCache"):
+        make_plots.main(["--results", str(results), "--out", str(tmp_path)])
+
+
+def test_every_plot_a_page_shows_is_committed_and_small():
+    shown = set()
+    for page in (make_plots.ROOT / "docs" / "methods").glob("*.md"):
+        shown |= {(page.parent / link).resolve() for link in re.findall(r"\]\((.+\.svg)\)", page.read_text())}
+    assert {path.name for path in shown} == {f"{metric.replace(' ', '_')}.svg" for metric in make_plots.METRICS}
+    assert all(path.stat().st_size < 60_000 for path in shown)

@@ -37,10 +37,10 @@ SYSTEMS = {
     "ojakv 0.4": lambda config, length: OjaKVCache(config, OjaKVConfig(ratio=0.4)),
     "ojakv 0.3": lambda config, length: OjaKVCache(config, OjaKVConfig(ratio=0.3)),
     "sentencekv": lambda config, length: SentenceKVCache(config, {"token_budget": BUDGET}),
-    "sentencekv, refresh 1": lambda config, length: SentenceKVCache(config, {"token_budget": BUDGET, "refresh": 1}),
+    "sentencekv, refresh 2": lambda config, length: SentenceKVCache(config, {"token_budget": BUDGET, "refresh": 2}),
     "sentencekv, refresh 8": lambda config, length: SentenceKVCache(config, {"token_budget": BUDGET, "refresh": 8}),
     "sentencekv, page bound": lambda config, length: SentenceKVCache(
-        config, {"token_budget": BUDGET, "score": "page_bound", "refresh": 1}
+        config, {"token_budget": BUDGET, "score": "page_bound"}
     ),
     "sentencekv, on disk": lambda config, length: SentenceKVCache(
         config, {"token_budget": BUDGET, "offload_dir": tempfile.gettempdir()}

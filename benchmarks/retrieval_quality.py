@@ -68,8 +68,10 @@ FORMS = ("question later", "question in prompt", "question first")
 # Systems without a token budget.
 FIXED = ("dense", "ojakv 0.6", "ojakv 0.4")
 OURS = ("sentencekv", "sentencekv paper", "hybridkv")
-# Measured when asked for.
-VARIANTS = {f"sentencekv {score}": score for score in ("mean_query", "current_query", "page_bound")}
+# Measured when asked for: settings by name.
+VARIANTS = {f"sentencekv {score}": {"score": score} for score in ("mean_query", "current_query", "page_bound")} | {
+    "sentencekv refresh 2": {"refresh": 2}
+}
 # The attention functions below have no other way to reach the caller.
 _captured: list[tuple[Tensor, Tensor, Tensor]] = []
 _active: list[Callable[[Tensor], Tensor]] = []
@@ -318,7 +320,7 @@ def real_systems(tokenizer) -> dict[str, Callable]:
     if hasattr(hf_ext, "SentenceKVCache"):
         table["sentencekv"] = sentence()
         table["sentencekv paper"] = sentence(mode="paper", keep=retrieval_peers.FACTOR)
-        table |= {name: sentence(score=score) for name, score in VARIANTS.items()}
+        table |= {name: sentence(**options) for name, options in VARIANTS.items()}
     if hasattr(hf_ext, "HybridKVCache"):
         table["hybridkv"] = hybrid()
     return table

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
@@ -99,6 +100,8 @@ class Segment:
         shift (`Tensor`, *optional*): `(B, K, G * Q, 1)`, added to the logits.
         offset (`Tensor`, *optional*): `(B, K, 1, D)`, added to every value.
         exclude (`Tensor`, *optional*): `(B, K, M)`, int64, rows that do not take part.
+        counts (`Tensor`, *optional*): `(B, 1 or K, length)`, float32, how many tokens each row is the mean of; a row of
+            none does not take part.
         scores (`Tensor`, *optional*): `(B, K, G * Q, C)`, the product of `query` and `keys` where it is known already.
     """
 
@@ -111,7 +114,14 @@ class Segment:
     shift: Tensor | None = None
     offset: Tensor | None = None
     exclude: Tensor | None = None
+    counts: Tensor | None = None
     scores: Tensor | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether the rows are keys and values as they are."""
+        others = (self.expand, self.shift, self.offset, self.exclude, self.counts, self.scores)
+        return all(other is None for other in others)
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -126,11 +136,29 @@ def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return dtype if supported() else torch.float32
 
 
+def prefers_flash(query: Tensor) -> bool:
+    """Whether the library's flash kernel is the fastest: on CPUs, but where they multiply 16-bit numbers, which it
+    converts."""
+    return query.device.type != "cpu" or product_dtype(query.dtype, query.device).itemsize > 2
+
+
+def _reads_bytes(keys: Tensor) -> bool:
+    """Whether the product of quantised linear layers takes these rows: it reads bytes as they are, some three times faster
+    than converting them, and rounds queries and scores to bfloat16. Its vectors have 16 entries, unchecked."""
+    fits = keys.dtype == torch.int8 and keys.device.type == "cpu" and keys.shape[2] % 16 == 0 and keys.shape[1] > 0
+    return fits and keys.is_contiguous() and hasattr(torch, "_weight_int8pack_mm")
+
+
 def score_rows(query: Tensor, keys: Tensor, out: Tensor) -> None:
     """`query @ keys.mT` into `out`, for `query` `(N, Q, R)` and `keys` `(N, C, R)` of any type, without converting
     more than `CONVERTED_ROWS` of them at a time."""
     if keys.dtype == query.dtype:
         torch.bmm(query, keys.mT, out=out)
+        return
+    if _reads_bytes(keys):
+        ones = keys.new_ones(keys.shape[1], dtype=torch.bfloat16)
+        for scores, rows, codes in zip(out, query.to(torch.bfloat16).contiguous(), keys):
+            scores.copy_(torch._weight_int8pack_mm(rows, codes, ones))
         return
     scratch = query.new_empty(keys.shape[0], min(CONVERTED_ROWS, keys.shape[1]), keys.shape[2])
     for start in range(0, keys.shape[1], CONVERTED_ROWS):
@@ -179,6 +207,8 @@ def segment_attention(segments: list[Segment], groups: int, softcap: float | Non
         `Tensor`: `(B, K, G * Q, D)`, in the type of the queries.
     """
     batch, kv_heads, rows, _ = segments[0].query.shape
+    if softcap is None and all(part.plain for part in segments) and prefers_flash(segments[0].query):
+        return _flash(segments, groups)
     dtype = product_dtype(segments[0].query.dtype, segments[0].query.device)
     bounds = [0]
     for part in segments:
@@ -198,17 +228,16 @@ def segment_attention(segments: list[Segment], groups: int, softcap: float | Non
         if softcap is not None:
             area.div_(softcap).tanh_().mul_(softcap)
         area[..., part.length :] = lowest
+        if part.counts is not None:
+            tokens = part.counts.log().to(dtype).clamp_min(lowest).expand(-1, kv_heads, -1)
+            area[..., : part.length] += tokens.flatten(0, 1)[:, None]
         if part.visible is not None:
             grid[..., start : start + part.length].masked_fill_(~part.visible, lowest)
         if part.exclude is not None:
             index = part.exclude.flatten(0, 1)[:, None].expand(-1, rows, -1)
             area.scatter_(2, index, lowest)
-    if dtype == torch.float32:
-        # In place, and divided by its sum at the end: over long storage a second matrix costs more than its arithmetic.
-        weights = logits.sub_(logits.amax(-1, keepdim=True)).exp_()
-        total = weights.sum(-1, keepdim=True)
-    else:
-        weights, total = torch.softmax(logits, dim=-1), None
+    # Not exp() in place: where results leave the range of normal numbers, as far-off scores do, it is ten times slower.
+    weights = torch.softmax(logits, dim=-1)
     output = torch.zeros((), dtype=logits.dtype, device=logits.device)
     for part, start, end in zip(segments, bounds, bounds[1:]):
         share = weigh_rows(weights[..., start:end], part.values.flatten(0, 1))
@@ -217,9 +246,23 @@ def segment_attention(segments: list[Segment], groups: int, softcap: float | Non
         if part.offset is not None:
             share += weights[..., start:end].sum(-1, keepdim=True) * part.offset.flatten(0, 1)
         output = share if output.dim() == 0 else output.add_(share)
-    if total is not None:
-        output = output.div_(total)
     return output.view(batch, kv_heads, rows, -1).to(segments[0].query.dtype)
+
+
+def _flash(segments: list[Segment], groups: int) -> Tensor:
+    """`segment_attention` of few rows, as they are, by the library's kernel; copying them together costs less."""
+    query = segments[0].query
+    key = torch.cat([part.keys[:, :, : part.length] for part in segments], dim=2)
+    value = torch.cat([part.values[:, :, : part.length] for part in segments], dim=2)
+    mask = None
+    if any(part.visible is not None for part in segments):
+        whole = (query.shape[0], query.shape[1], groups, query.shape[2] // groups)
+        shown = [
+            torch.ones((), dtype=torch.bool, device=query.device) if part.visible is None else part.visible
+            for part in segments
+        ]
+        mask = torch.cat([see.expand(*whole, part.length) for see, part in zip(shown, segments)], dim=-1).flatten(2, 3)
+    return scaled_dot_product_attention(query, key, value, mask, scale=1.0)
 
 
 def dense_attention(

@@ -3,13 +3,15 @@
 From no paper: the union of OjaKV (https://huggingface.co/papers/2509.21623) and SentenceKV
 (https://huggingface.co/papers/2504.00970). Every token between sinks and newest has one byte per coordinate of its key and
 of its value in low-rank bases (`retrieval.Codes`). The codes of the keys are the index that says which tokens to fetch at
-full rank; together, the codes answer for the tokens that were not fetched. So a step reads a few bytes of every token and
-all bytes of a few, and no token is out of sight.
+full rank; together, the codes answer for the tokens that were not fetched. Of a very long text only the most promising
+pages, 16 tokens each, are read token by token; the others take part by the means of their codes. So no token is out of
+sight, and a step reads a few bytes of each, or a few of every page, and all bytes of a few tokens.
 
 Two budgets. `token_budget` bounds the tokens fetched for a step; all full-rank tokens are stored, in memory or in a file.
 `ratio` or `max_bytes` bound the bytes: then only the tokens that attention and codes would miss most keep their full rank.
 
-Shapes: B batch, K key/value heads, Q new tokens, N tokens, M tokens between sinks and newest, D head dim, R rank.
+Shapes: B batch, K key/value heads, Q new tokens, N tokens, M tokens between sinks and newest, P pages, D
+head dim, R rank of keys, S of values.
 Plugs in: `generate(cache_implementation="hybridkv", cache_config={...})` after `hf_ext.register()`, or
 `generate(past_key_values=HybridKVCache(model, HybridKVConfig(...)))`.
 """
@@ -26,7 +28,7 @@ from transformers import PreTrainedConfig
 from hf_ext.cache_impls import subspace
 from hf_ext.cache_impls.attention import Segment
 from hf_ext.cache_impls.base import GROWTH, KVLayer, RowBuffer, padded_rows, storage_bytes
-from hf_ext.cache_impls.retrieval import Codes, TokenIndex, product
+from hf_ext.cache_impls.retrieval import PAGE, Codes, TokenIndex, mean_codes, places_in, product, read_pages
 from hf_ext.cache_impls.retrieval_cache import RetrievalCache
 from hf_ext.cache_impls.retrieval_layer import RetrievalConfig, RetrievalLayer, all_rows
 from hf_ext.cache_impls.rows import take
@@ -68,10 +70,13 @@ class HybridKVConfig(RetrievalConfig):
             The same as a number of bytes, over all layers and the batch. Generated tokens come on top.
     """
 
-    refresh: int = 1
     value_rank: int | None = None
     ratio: float | None = None
     max_bytes: int | None = None
+
+    @property
+    def bounds_bytes(self) -> bool:
+        return self.ratio is not None or self.max_bytes is not None
 
     def validate(self) -> None:
         super().validate()
@@ -89,21 +94,29 @@ class HybridKVLayer(RetrievalLayer):
     """A retrieval layer whose tokens also have codes.
 
     Args:
-        model_config (`PreTrainedConfig`), layer_idx (`int`): see `RetrievalLayer`.
+        model_config (`PreTrainedConfig`), layer_idx (`int`), order (`int`): see `RetrievalLayer`.
         config (`HybridKVConfig`): settings.
         layers (`int`): full-attention layers a byte budget is divided among.
     """
 
     config: HybridKVConfig
-    batch_state = (*RetrievalLayer.batch_state, "kept_tokens")
+    batch_state = (*RetrievalLayer.batch_state, "kept_tokens", "page_counts", "near", "near_keys", "near_values")
 
-    def __init__(self, model_config: PreTrainedConfig, layer_idx: int, config: HybridKVConfig, layers: int):
-        super().__init__(model_config, layer_idx, config)
+    def __init__(
+        self, model_config: PreTrainedConfig, layer_idx: int, order: int, config: HybridKVConfig, layers: int
+    ):
+        super().__init__(model_config, layer_idx, order, config)
         self.layers = layers
 
     def _clear(self) -> None:
         super()._clear()
         self.value_codes: Any = None  # `Codes`, once tokens are stored
+        # Once there are so many that the index looks at some pages only:
+        self.value_pages: Any = None  # `RowBuffer` (B, K, P, S), int8, mean codes
+        self.page_counts: Any = None  # (B, 1, P), float32, tokens of a page that are not padding
+        self.near: Any = None  # (B, K, pages), those read token by token, ascending
+        self.near_keys: Any = None  # (B, K, pages * PAGE, R), int8, a copy of their codes
+        self.near_values: Any = None  # (B, K, pages * PAGE, S), int8
         # (B, K, kept), which of the tokens between sinks and newest are stored at full rank, ascending; None means all.
         self.kept_tokens: Any = None
         self.kept_share = 1.0
@@ -115,7 +128,7 @@ class HybridKVLayer(RetrievalLayer):
         return self.kept_tokens is not None and self.stored <= room and isinstance(self.stores[0], RowBuffer)
 
     def worth_storing(self, length: int) -> bool:
-        if self.config.ratio is None and self.config.max_bytes is None:
+        if not self.config.bounds_bytes:
             return super().worth_storing(length)
         key, value = self.full
         budget = self.byte_budget(length, key, value)
@@ -131,11 +144,13 @@ class HybridKVLayer(RetrievalLayer):
     def fill(self, key: Tensor, value: Tensor, middle: Tensor, context: dict[str, Any] | None) -> None:
         everywhere, hidden = middle.expand(-1, key.shape[1], -1), self._hidden_at(middle)
         rows = [take(tokens, everywhere) for tokens in (key, value)]
-        count, ranks = self.plan(key, value, middle.shape[2])
-        self.index = TokenIndex(rows[0], ranks[0], None, hidden, self.moment)
-        self.value_codes = Codes(rows[1], ranks[1], None if hidden is None else ~hidden[:, 0])
         if hidden is not None:
             self.places = middle.to(torch.int32)
+        count, ranks = self.plan(key, value, middle.shape[2])
+        budget = None if self.config.bounds_bytes else self.config.token_budget
+        self.index = TokenIndex(rows[0], ranks[0], budget, hidden, self.moment)
+        self.value_codes = Codes(rows[1], ranks[1], None if hidden is None else ~hidden[:, 0])
+        self._add_pages()
         self.kept_share = count / middle.shape[2]
         if count < middle.shape[2]:
             need = self.need(rows, None if hidden is None else ~hidden[:, 0])
@@ -149,6 +164,26 @@ class HybridKVLayer(RetrievalLayer):
             self.kept_tokens = need.topk(count, dim=-1).indices.sort(-1).values.to(torch.int32)
             rows = [take(tokens, self.kept_tokens.long()) for tokens in rows]
         self.stores = [self.make_store(tokens) for tokens in rows]
+
+    def _add_pages(self) -> None:
+        """Mean codes of the values of the pages the index has, and how many tokens these are.
+
+        Padding counts as codes of zero in the one page of a row it reaches into, by nothing in the others.
+        """
+        if not self.index.in_pages:
+            return
+        known, pages = 0 if self.value_pages is None else self.value_pages.length, self.index.pages[0].length
+        fresh = slice(known * PAGE, pages * PAGE)
+        means = mean_codes(self.value_codes.rows.rows[:, :, fresh])
+        counts = torch.full((means.shape[0], 1, pages - known), float(PAGE), device=means.device)
+        if self.hidden is not None:
+            hidden = self._hidden_at(self.places_of(None, torch.Size((means.shape[0], 1, self.index.length))))
+            counts = (~hidden[:, :1, fresh]).unflatten(2, (-1, PAGE)).sum(-1).float()  # type: ignore[index]
+        if self.value_pages is None:
+            self.value_pages, self.page_counts = RowBuffer(means), counts
+            return
+        self.value_pages.append(means)
+        self.page_counts = torch.cat([self.page_counts, counts], dim=2)
 
     def need(self, rows: list[Tensor], valid: Tensor | None) -> Tensor:
         """How much worse than others the codes give each token back, key and value together, `(B, K, M)`."""
@@ -168,7 +203,7 @@ class HybridKVLayer(RetrievalLayer):
         config, (_, _, length, dim) = self.config, key.shape
         both, size = dim + value.shape[3], key.element_size()
         ranks = [config.index_rank or dim // 2, config.value_rank or value.shape[3] // 4]
-        if config.ratio is None and config.max_bytes is None:
+        if not config.bounds_bytes:
             return middle, (min(ranks[0], dim), min(ranks[1], value.shape[3]))
         budget = self.byte_budget(length, *self.full)
         code = int(CODE_PART * budget / length / 2)
@@ -193,12 +228,21 @@ class HybridKVLayer(RetrievalLayer):
         kept = int(left * GROWTH / (GROWTH + 1) / (row + 4))
         if kept > room:  # what is fetched for a step is a copy
             kept = max(room, kept - room)
-        return min(max(kept, 0), middle), (ranks[0], ranks[1])
+        kept = min(max(kept, 0), middle)
+        # Bytes that no further token can take sharpen the codes.
+        spare = left - padded_rows(kept) * (row + 4) - (room * row if kept > room else 0)
+        more = max(0, int(spare / (padded_rows(middle) + 8 * max(dim, value.shape[3])) / 2))
+        if config.index_rank is None:
+            ranks[0] = min(ranks[0] + more, dim)
+        if config.value_rank is None:
+            ranks[1] = min(ranks[1] + more, value.shape[3])
+        return kept, (ranks[0], ranks[1])
 
     def extend(self, rows: list[Tensor], hidden: Tensor | None, places: Tensor) -> None:
         known = self.index.length
-        self.index.append(rows[0])
-        self.value_codes.append(rows[1])
+        self.index.append(rows[0], hidden)
+        self.value_codes.append(rows[1], None if hidden is None else ~hidden[:, 0])
+        self._add_pages()
         if self.kept_tokens is not None:
             need = self.need(rows, None if hidden is None else ~hidden[:, 0])
             count = int(self.kept_share * (known + rows[0].shape[2])) - self.stored
@@ -220,14 +264,21 @@ class HybridKVLayer(RetrievalLayer):
         return torch.searchsorted(self.kept_tokens.long(), chosen).clamp_max(self.stored - 1)
 
     def _renew(self, rows: Tensor, length: int) -> None:
-        # The codes of all tokens take part anyway: their scores choose the tokens as well.
-        self.code_query = self.index.codes.query(rows)
-        self.code_scores = product(self.code_query, self.index.codes.rows.data)
+        self.code_query, self.code_scores, self.page_scores = self.index.codes.query(rows), None, None
         if not self.attends_to_store:
             super()._renew(rows, length)
 
-    def scores(self, rows: Tensor, length: int) -> tuple[Tensor, None]:
-        return self.code_scores[..., : self.index.length], None
+    def scores(self, rows: Tensor, length: int) -> tuple[Tensor, Tensor | None]:
+        # What is scored to choose takes part anyway: the scores serve both.
+        if not self.index.in_pages:
+            self.code_scores = product(self.code_query, self.index.codes.rows.data)
+            return self.code_scores[..., : self.index.length], None
+        self.near, self.page_scores = self.index.promising_pages(self.code_query)
+        self.near_keys, self.near_values = (
+            read_pages(codes.rows.data, self.near) for codes in (self.index.codes, self.value_codes)
+        )
+        self.code_scores = product(self.code_query, self.near_keys)
+        return self.code_scores, places_in(self.near)
 
     def retrieved(self, rows: Tensor) -> list[Segment]:
         if not self.attends_to_store:
@@ -242,26 +293,27 @@ class HybridKVLayer(RetrievalLayer):
         return [Segment(rows, key.data, value.data, key.length, visible)]
 
     def remainder(self, rows: Tensor) -> list[Segment]:
-        """All tokens by their codes, but those that take part at full rank."""
+        """All tokens but those that take part at full rank: by their codes, or by the means of their pages."""
         keys, values = self.index.codes, self.value_codes
-        exact = self.kept_tokens.long() if self.attends_to_store else self.chosen
+        exact = (self.kept_tokens if self.attends_to_store else self.chosen).long()
+        read = (keys.rows.data, values.rows.data, keys.rows.length)
+        if self.index.in_pages:
+            exact, read = self.picked, (self.near_keys, self.near_values, self.near_keys.shape[2])
         hidden = None
         if self.hidden is not None:
-            hidden = self._hidden_at(self.places_of(None, torch.Size((rows.shape[0], 1, keys.rows.length))))
-        part = Segment(
-            query=self.code_query,
-            keys=keys.rows.data,
-            values=values.rows.data,
-            length=keys.rows.length,
-            visible=None if hidden is None else ~hidden[:, :, None, None],
-            expand=values.expand,
-            shift=rows.float() @ keys.mean.mT,
-            offset=values.mean,
-            exclude=exact,
-            scores=self.code_scores,
-        )
-        del self.code_query, self.code_scores  # of this step alone
-        return [part]
+            places = places_in(self.near) if self.index.in_pages else None
+            hidden = self._hidden_at(self.places_of(places, torch.Size((rows.shape[0], 1, read[2]))))
+        bases = {"expand": values.expand, "shift": rows.float() @ keys.mean.mT, "offset": values.mean}
+        visible = None if hidden is None else ~hidden[:, :, None, None]
+        parts = [Segment(self.code_query, *read, visible, **bases, exclude=exact, scores=self.code_scores)]
+        if self.index.in_pages:
+            means = (self.index.pages[0].data, self.value_pages.data, self.value_pages.length)
+            pages = Segment(
+                self.code_query, *means, **bases, exclude=self.near, counts=self.page_counts, scores=self.page_scores
+            )
+            parts.append(pages)
+        del self.code_query, self.code_scores, self.page_scores  # of this step alone
+        return parts
 
     def materialize(self) -> tuple[Tensor, Tensor]:
         if not self.stores or self.kept_tokens is None:
@@ -273,19 +325,23 @@ class HybridKVLayer(RetrievalLayer):
             states.append(self._in_order(edge.rows, middle.scatter(2, place, all_rows(store))))
         return states[0], states[1]
 
-    def _code_tensors(self) -> list[Tensor]:
-        return [] if self.value_codes is None else self.value_codes.tensors()
+    def _value_tensors(self) -> list[Tensor]:
+        codes = [] if self.value_codes is None else self.value_codes.tensors()
+        return codes if self.value_pages is None else [*codes, self.value_pages.data]
 
     def tensors(self) -> list[Tensor]:
-        return super().tensors() + self._code_tensors()
+        return super().tensors() + self._value_tensors()
 
     def tier_bytes(self) -> dict[str, int]:
-        return super().tier_bytes() | {"value_codes": storage_bytes(self._code_tensors())}
+        tiers = super().tier_bytes() | {"value_codes": storage_bytes(self._value_tensors())}
+        near = 0 if self.near is None else storage_bytes([self.near, self.near_keys, self.near_values])
+        return tiers | {"marks": tiers["marks"] - near, "retrieved": tiers["retrieved"] + near}
 
     def _select(self, index: Tensor) -> None:
         super()._select(index)
-        if self.value_codes is not None:
-            self.value_codes.reorder(index)
+        for part in (self.value_codes, self.value_pages):
+            if part is not None:
+                part.reorder(index)
 
 
 class HybridKVCache(RetrievalCache):
@@ -317,4 +373,4 @@ class HybridKVCache(RetrievalCache):
         self.layer_count = layers
 
     def make_layer(self, model_config: PreTrainedConfig, layer_idx: int, order: int) -> KVLayer:
-        return HybridKVLayer(model_config, layer_idx, self.config, self.layer_count)
+        return HybridKVLayer(model_config, layer_idx, order, self.config, self.layer_count)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_ext.cache_impls.attention import Segment, group_rows, product_dtype, segment_attention, ungroup_rows
+from hf_ext.cache_impls.attention import Segment, group_rows, prefers_flash, segment_attention, ungroup_rows
 from hf_ext.cache_impls.base import KVCache, KVLayer, RowBuffer
 from hf_ext.errors import ConfigError
 
@@ -45,9 +45,7 @@ def attend_rows(
     """
     kv_heads = key.data.shape[1]
     rows, groups = group_rows(query, kv_heads), query.shape[1] // kv_heads
-    # Where a CPU multiplies 16-bit numbers, plain products beat the flash kernel, which converts them.
-    half = query.device.type == "cpu" and product_dtype(query.dtype, query.device).itemsize == 2
-    if softcap is None and not half:
+    if softcap is None and prefers_flash(query):
         if visible is not None:
             visible = visible.expand(-1, -1, groups, -1, -1).flatten(2, 3)
         output = scaled_dot_product_attention(rows, key.rows, value.rows, visible, scale=scaling)

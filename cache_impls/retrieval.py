@@ -14,7 +14,6 @@ pages, D head dim, R rank.
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,11 +33,11 @@ CODE_LIMIT = 127
 PAGE = 16  # tokens
 # Beyond `SCANNED_TOKENS` the tokens of the `CANDIDATES` most promising pages are scored, not all; both grow with the budget.
 SCANNED_TOKENS, SCANNED_BUDGETS = 8192, 8
-CANDIDATES, CANDIDATE_BUDGETS = 4096, 4
-# How far above its mean score the best token of a page is expected, in standard deviations.
-PAGE_SPREAD = 3.0
-# Newest stored tokens that are candidates always, whatever their page.
-UNPAGED = 256
+CANDIDATES, CANDIDATE_BUDGETS = 8192, 8
+# A page promises its mean score and this part of the way to the bound that its leading coordinates set.
+PAGE_REACH = 0.7
+# Newest stored tokens that are candidates always, whatever their page promises.
+NEWEST_CANDIDATES = 256
 
 
 def query_moment(queries: Tensor, kv_heads: int, valid: Tensor | None = None) -> Tensor:
@@ -67,7 +66,7 @@ class Codes:
     Args:
         tokens (`Tensor`): `(B, K, N, D)`, the first ones; basis, mean and scales come from them.
         rank (`int`): coordinates kept (R).
-        valid (`Tensor`, *optional*): boolean `(B, N)`; tokens marked `False` do not count.
+        valid (`Tensor`, *optional*): boolean `(B, N)`; tokens marked `False` do not count, their codes are zero.
         moment (`Tensor`, *optional*): `(B, K, D, D)`, second moment of what the vectors will be multiplied with; by default
             all directions count alike.
     """
@@ -96,14 +95,15 @@ class Codes:
         scale = codes.abs().amax(2, keepdim=True).clamp_min(1e-6) / CODE_LIMIT
         self.reduce = self.reduce / scale
         self.expand = torch.linalg.solve_triangular(root.mT, basis, upper=True) * scale
-        self.rows = RowBuffer(self._encode(rows))
+        self.rows = RowBuffer(self._encode(rows, valid))
 
-    def _encode(self, tokens: Tensor) -> Tensor:
+    def _encode(self, tokens: Tensor, valid: Tensor | None = None) -> Tensor:
         codes = (tokens.float() - self.mean) @ self.reduce
-        return codes.round_().clamp_(-CODE_LIMIT, CODE_LIMIT).to(torch.int8)
+        codes = codes.round_().clamp_(-CODE_LIMIT, CODE_LIMIT).to(torch.int8)
+        return codes if valid is None else codes * valid[:, None, :, None]
 
-    def append(self, tokens: Tensor) -> None:
-        self.rows.append(self._encode(tokens))
+    def append(self, tokens: Tensor, valid: Tensor | None = None) -> None:
+        self.rows.append(self._encode(tokens, valid))
 
     def decode(self) -> Tensor:
         """All vectors as stored, `(B, K, N, D)`, float32."""
@@ -128,6 +128,23 @@ class Codes:
         self.rows.reorder(index)
 
 
+def mean_codes(rows: Tensor) -> Tensor:
+    """Mean of each page of codes `(B, K, N, R)`, `(B, K, P, R)`, int8."""
+    return rows.unflatten(2, (-1, PAGE)).float().mean(3).round_().to(torch.int8)
+
+
+def read_pages(rows: Tensor, pages: Tensor) -> Tensor:
+    """The rows of some pages of `rows` `(B, K, C, R)`, `C` a multiple of `PAGE`; `(B, K, P * PAGE, R)` for `pages`
+    `(B, K, P)`. Pages are read as wide rows, which is many times faster than their tokens one by one."""
+    wide = take(rows.unflatten(2, (-1, PAGE)).flatten(3), pages)
+    return wide.unflatten(3, (PAGE, rows.shape[3])).flatten(2, 3)
+
+
+def places_in(pages: Tensor) -> Tensor:
+    """Places of the tokens of `pages` `(B, K, P)`, `(B, K, P * PAGE)`."""
+    return (pages[..., None] * PAGE + torch.arange(PAGE, device=pages.device)).flatten(2)
+
+
 class TokenIndex:
     """Scores every stored token by its codes; very many in two steps, pages first.
 
@@ -143,40 +160,39 @@ class TokenIndex:
     def __init__(
         self, keys: Tensor, rank: int, budget: int | None, hidden: Tensor | None = None, moment: Tensor | None = None
     ):
-        valid = None if hidden is None else ~hidden[:, 0]
-        self.codes = Codes(keys, rank, valid, moment)
-        if hidden is not None:
-            self.codes.rows.rows.masked_fill_(hidden[..., None], 0)  # an average key: padding must not mark a page
+        # Codes of padding are zero, those of an average key: it must not mark a page.
+        self.codes = Codes(keys, rank, None if hidden is None else ~hidden[:, 0], moment)
         self.scanned = sys.maxsize if budget is None else max(SCANNED_TOKENS, SCANNED_BUDGETS * budget)
         self.candidates = 0 if budget is None else max(CANDIDATES, CANDIDATE_BUDGETS * budget)
-        self.pages: list[
-            RowBuffer
-        ] = []  # mean codes of each page, (B, K, P, R), and how far they spread, (B, K, P, 1)
-        self.usual: Any = None  # (B, K, 1, R), variance of the codes within a page, on average
+        # Of each full page, int8: its mean codes, (B, K, P, R), and how far above and below them the leading quarter of
+        # the coordinates go, (B, K, P, R / 4) each. Bounds of all coordinates find no more.
+        self.pages: list[RowBuffer] = []
+        self.leading = -(-self.codes.rank // 4)
         self._add_pages()
 
     @property
     def length(self) -> int:
         return self.codes.rows.length
 
-    def append(self, keys: Tensor) -> None:
-        self.codes.append(keys)
+    @property
+    def in_pages(self) -> bool:
+        """Whether there are so many tokens that only those of some pages are scored."""
+        return self.length > self.scanned
+
+    def append(self, keys: Tensor, hidden: Tensor | None = None) -> None:
+        self.codes.append(keys, None if hidden is None else ~hidden[:, 0])
         self._add_pages()
 
     def _add_pages(self) -> None:
-        """Statistics of the pages that are full and have none yet, once there are enough tokens to need them."""
-        if self.length <= self.scanned:
-            return
+        """Statistics of the pages that are full and have none yet."""
         known = self.pages[0].length if self.pages else 0
-        fresh = self.codes.rows.rows[:, :, known * PAGE : (self.length - UNPAGED) // PAGE * PAGE]
-        if fresh.shape[2] == 0:
+        if not self.in_pages or self.length // PAGE == known:
             return
-        codes = fresh.unflatten(2, (-1, PAGE)).float()
-        variance = codes.var(3, unbiased=False)
-        if self.usual is None:
-            self.usual = variance.mean(2, keepdim=True).clamp_min(1e-6)
-        spread = (variance / self.usual).mean(-1, keepdim=True).sqrt()
-        rows = [codes.mean(3).to(torch.bfloat16), spread.to(torch.bfloat16)]
+        fresh = self.codes.rows.rows[:, :, known * PAGE : self.length // PAGE * PAGE]
+        means, codes = mean_codes(fresh), fresh[..., : self.leading].unflatten(2, (-1, PAGE)).int()
+        middle = means[..., : self.leading].int()
+        reach = torch.cat([codes.amax(3) - middle, middle - codes.amin(3)], dim=-1)
+        rows = [means, reach.clamp_max(CODE_LIMIT).to(torch.int8)]
         if not self.pages:
             self.pages = [RowBuffer(statistic) for statistic in rows]
             return
@@ -193,35 +209,39 @@ class TokenIndex:
             `tuple`: scores `(B, K, Q, N)`, and `None`; or scores `(B, K, Q, M)` of some and their places `(B, K, M)`.
         """
         query = self.codes.query(rows)
-        if not self.pages:
+        if not self.in_pages:
             return product(query, self.codes.rows.data)[..., : self.length], None
-        chosen = self._promising_pages(query)
-        places = (chosen[..., None] * PAGE + torch.arange(PAGE, device=query.device)).flatten(2)
-        # Pages are read as wide rows, which is many times faster than their tokens one by one.
-        stored, rank = self.codes.rows, self.codes.rank
-        candidates = (
-            take(stored.data.unflatten(2, (-1, PAGE)).flatten(3), chosen).unflatten(3, (PAGE, rank)).flatten(2, 3)
-        )
+        chosen, _ = self.promising_pages(query)
+        candidates, places = read_pages(self.codes.rows.data, chosen), places_in(chosen)
         paged = self.pages[0].length * PAGE
-        candidates = torch.cat([candidates, stored.rows[:, :, paged:]], dim=2)
-        rest = torch.arange(paged, self.length, device=query.device).expand(*places.shape[:2], -1)
-        return product(query, candidates), torch.cat([places, rest], dim=-1)
+        if paged < self.length:
+            candidates = torch.cat([candidates, self.codes.rows.rows[:, :, paged:]], dim=2)
+            rest = torch.arange(paged, self.length, device=query.device).expand(*places.shape[:2], -1)
+            places = torch.cat([places, rest], dim=-1)
+        return product(query, candidates), places
 
-    def _promising_pages(self, query: Tensor) -> Tensor:
-        """The pages where the tokens with the best scores are expected, `(B, K, P)`, ascending."""
-        mean, spread = self.pages
-        reach = PAGE_SPREAD * (query.square() * self.usual).sum(-1, keepdim=True).sqrt()
-        weight = best_of_heads(product(query, mean.data)[..., : mean.length].addcmul_(reach, spread.rows.float().mT))
+    def promising_pages(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        """The pages where the tokens with the best scores are expected, and the newest.
+
+        Args:
+            query (`Tensor`): `(B, K, Q, R)`, that of the codes.
+
+        Returns:
+            `tuple`: places of the pages, `(B, K, P)`, ascending, and scores of the means of all, `(B, K, Q, capacity)`.
+        """
+        mean, reach = self.pages
+        means, leading = product(query, mean.data), query[..., : self.leading]
+        outward = PAGE_REACH * torch.cat([leading.clamp_min(0), -leading.clamp_max(0)], dim=-1)
+        weight = best_of_heads((means + product(outward, reach.data))[..., : mean.length])
+        weight[..., -(NEWEST_CANDIDATES // PAGE) :] = torch.inf
         count = min(self.candidates // PAGE, weight.shape[-1])
-        return weight.topk(count, dim=-1, sorted=False).indices.sort(-1).values
+        return weight.topk(count, dim=-1, sorted=False).indices.sort(-1).values, means
 
     def tensors(self) -> list[Tensor]:
-        usual = [] if self.usual is None else [self.usual]
-        return [*self.codes.tensors(), *(buffer.data for buffer in self.pages), *usual]
+        return [*self.codes.tensors(), *(buffer.data for buffer in self.pages)]
 
     def reorder(self, index: Tensor) -> None:
         self.codes.reorder(index)
-        self.usual = None if self.usual is None else self.usual[index]
         for buffer in self.pages:
             buffer.reorder(index)
 
@@ -238,12 +258,7 @@ class PageIndex:
         self.length = 0
         self.bounds = RowBuffer(self._bounds(keys[:, :, :0]))
         self.rest = keys[:, :, :0]
-        if hidden is not None:
-            # Padding stands in front: the first real key in its place leaves the bounds of a page to the real ones.
-            first = (~hidden).long().argmax(-1)[..., None]
-            places = torch.arange(keys.shape[2], device=keys.device).expand_as(hidden)
-            keys = take(keys, torch.where(hidden, torch.maximum(first, places), places))
-        self.append(keys)
+        self.append(keys, hidden)
 
     @staticmethod
     def _bounds(keys: Tensor) -> Tensor:
@@ -252,8 +267,14 @@ class PageIndex:
             return torch.cat([keys, keys], dim=-1)
         return torch.cat([pages.amax(3), pages.amin(3)], dim=-1)
 
-    def append(self, keys: Tensor) -> None:
+    def append(self, keys: Tensor, hidden: Tensor | None = None) -> None:
         self.length += keys.shape[2]
+        if hidden is not None:
+            # Padding stands in front: the first real key in its place leaves the bounds of a page to the real ones.
+            hidden = hidden.expand(keys.shape[:3])
+            first = (~hidden).long().argmax(-1)[..., None]
+            places = torch.arange(keys.shape[2], device=keys.device).expand_as(hidden)
+            keys = take(keys, torch.where(hidden, torch.maximum(first, places), places))
         keys = torch.cat([self.rest, keys], dim=2)
         full = keys.shape[2] // PAGE * PAGE
         if full:

@@ -54,7 +54,7 @@ class RetrievalConfig(MethodConfig):
     sink_tokens: int = 32
     recent_tokens: int = 32
     query_window: int = 32
-    refresh: int = 2
+    refresh: int = 1
     index_rank: int | None = None
     offload_device: str | None = None
     offload_dir: str | None = None
@@ -85,14 +85,15 @@ class RetrievalLayer(KVLayer):
     Args:
         model_config (`PreTrainedConfig`): of the text decoder.
         layer_idx (`int`): the layer's place in the model.
+        order (`int`): its place among the full-attention layers.
         config (`RetrievalConfig`): settings.
     """
 
-    batch_state: ClassVar[tuple[str, ...]] = ("chosen", "shown", "sink_places", "places", "hidden", "moment")
+    batch_state: ClassVar[tuple[str, ...]] = ("chosen", "picked", "shown", "sink_places", "places", "hidden", "moment")
 
-    def __init__(self, model_config: PreTrainedConfig, layer_idx: int, config: RetrievalConfig):
+    def __init__(self, model_config: PreTrainedConfig, layer_idx: int, order: int, config: RetrievalConfig):
         super().__init__(model_config, layer_idx)
-        self.config = config
+        self.order, self.config = order, config
         self._clear()
 
     def _clear(self) -> None:
@@ -101,12 +102,14 @@ class RetrievalLayer(KVLayer):
         self.slots: list[Tensor] = []  # copies of the chosen rows, keys and values, (B, K, M, D)
         self.index: Any = None  # an `Index`, once tokens are stored
         self.chosen: Tensor | None = None  # (B, K, M), where in the stores they lie
+        self.picked: Tensor | None = None  # (B, K, M), where among the candidates of the latest choice
         self.shown: Tensor | None = None  # boolean (B, K, M), which of them take part; None means all
         self.places: Tensor | None = None  # (B, 1 or K, stored), place in the text; None where they follow the sinks
         self.sink_places: Tensor | None = None  # (B, sinks), where rows are padded
         self.hidden: Tensor | None = None  # boolean (B, seen), padding
         self.moment: Tensor | None = None  # (B, K, D, D) of the queries, until an index is fitted to it
-        self.sinks, self.age, self.newest_block = 0, 0, 0
+        self.sinks, self.newest_block = 0, 0
+        self.stale = True  # the choice must not serve another step
         self.broken = False  # a move into the stores failed half way
 
     # What a cache built on this layer decides.
@@ -120,7 +123,7 @@ class RetrievalLayer(KVLayer):
         """Stores and indexes the keys and values `(B, K, M, D)` of later tokens at `places` `(B, 1, M)`."""
         for store, tokens in zip(self.stores, rows):
             store.append(tokens)
-        self.index.append(rows[0])
+        self.index.append(rows[0], hidden)
 
     def worth_storing(self, length: int) -> bool:
         """Whether a text of `length` tokens is too long to be kept as it came."""
@@ -310,7 +313,6 @@ class RetrievalLayer(KVLayer):
         return max_pool1d(weights, 7, 1, 3)
 
     def settle(self, context: dict[str, Any] | None) -> None:
-        self.age += 1
         count = (self.newest - self.recent_target) // CHUNK * CHUNK
         if self.stores and count <= 0:
             return
@@ -323,7 +325,7 @@ class RetrievalLayer(KVLayer):
 
     def after_crop(self) -> None:
         self.newest_block = 0
-        self.age = self.config.refresh
+        self.stale = True
 
     def _move(self, count: int, context: dict[str, Any] | None) -> None:
         """Moves the oldest `count` of the newest tokens into the stores."""
@@ -336,7 +338,7 @@ class RetrievalLayer(KVLayer):
             added = places.to(torch.int32).expand(-1, self.places.shape[1], -1)
             self.places = torch.cat([self.places, added], dim=2)
         self.extend(rows, self._hidden_at(places), places)
-        self.age = self.config.refresh  # what was moved is to be found again at once
+        self.stale = True  # what was moved is to be found again at once
 
     # Attention.
 
@@ -371,56 +373,72 @@ class RetrievalLayer(KVLayer):
         return visible
 
     def _renew(self, rows: Tensor, length: int) -> None:
-        """Chooses stored tokens for the queries `(B, K, G * Q, D)`, unless the last choice still holds."""
-        if self.chosen is None or length > 1 or self.age >= self.config.refresh:
-            self.age = 0
+        """Chooses stored tokens for the queries `(B, K, G * Q, D)`, unless the last choice still holds.
+
+        Layers take turns: at every step some choose anew, so that no token meets old choices everywhere.
+        """
+        turn = (self.seen + self.order) % self.config.refresh == 0
+        if self.chosen is None or length > 1 or self.stale or turn:
             self._choose(rows, length, None)
+            self.stale = False
             return
         again = self.reopened()
         if again is not None and bool(again.any()):
             self._choose(rows, length, again)
 
     def _choose(self, rows: Tensor, length: int, only: Tensor | None) -> None:
-        scores, candidates = self.scores(rows, length)
-        hidden = None
-        if self.hidden is not None:
-            hidden = self.marks_at(self.hidden, self.places_of(candidates, scores[:, :, 0].shape))
-            scores = scores.masked_fill(hidden[:, :, None], -torch.inf)
-        if isinstance(self.index, SentenceIndex):
-            weights = scores[:, :, 0]
-        else:
-            weights = spread_forward(best_of_heads(scores), self.config.refresh)
-            if hidden is not None:
-                weights = weights.masked_fill(hidden, -torch.inf)
-        weights, candidates = self.restrict(weights, candidates)
+        """Takes the tokens the queries want most; with `only`, boolean `(B,)`, anew for these rows alone."""
+        weights, candidates = self.restrict(*self._wanted(rows, length))
         forced = self.forced(candidates, weights.shape)
         allowed = max(0, self.config.token_budget - self.sinks - self.newest - (self.config.refresh - 1))
         if only is not None and self.chosen is not None:
             count = self.chosen.shape[2]
         else:
-            extra = 0 if forced is None else int(forced.sum(-1).max())
-            count = min(allowed + extra, weights.shape[2])
-        if forced is not None:
-            weights = weights.masked_fill(forced, torch.inf)
-        ranked = forced is not None or count > allowed
-        best = weights.topk(count, dim=-1, sorted=ranked)
-        shown = best.values > -torch.inf if hidden is not None else None
-        if ranked:
-            rank = torch.arange(count, device=rows.device)
-            if forced is not None:
-                rank = rank - forced.sum(-1, keepdim=True)
-            within = (rank < allowed).expand_as(best.values)
-            shown = within if shown is None else shown & within
-        chosen = best.indices if candidates is None else candidates.gather(2, best.indices)
+            count = min(allowed + (0 if forced is None else int(forced.sum(-1).max())), weights.shape[2])
+        best, shown = self._best_within(weights, forced, count, allowed)
+        self.picked = best
+        chosen = best if candidates is None else candidates.gather(2, best)
         if only is not None and self.chosen is not None:
             keep = ~only[:, None, None]
-            chosen = torch.where(keep, self.chosen, chosen)
             if shown is not None or self.shown is not None:
                 everything = torch.ones_like(chosen, dtype=torch.bool)
                 new, old = (everything if x is None else x for x in (shown, self.shown))
                 shown = torch.where(keep, old, new)
+            chosen = torch.where(keep, self.chosen, chosen)
         self.chosen, self.shown = chosen, shown
         self.slots = [fetch(store, self.store_places(chosen)) for store in self.stores]
+
+    def _wanted(self, rows: Tensor, length: int) -> tuple[Tensor, Tensor | None]:
+        """How much the queries want each indexed token, or some candidates, `(B, K, M)`; padding not at all."""
+        scores, candidates = self.scores(rows, length)
+        weights = scores[:, :, 0]
+        if not isinstance(self.index, SentenceIndex):
+            if self.hidden is not None:  # what is hidden must not be the best of a query
+                scores = scores.masked_fill(self._hidden_among(candidates, weights)[:, :, None], -torch.inf)
+            weights = spread_forward(best_of_heads(scores), self.config.refresh)
+        if self.hidden is not None:
+            weights = weights.masked_fill(self._hidden_among(candidates, weights), -torch.inf)
+        return weights, candidates
+
+    def _hidden_among(self, candidates: Tensor | None, weights: Tensor) -> Tensor:
+        return self.marks_at(self.hidden, self.places_of(candidates, weights.shape))  # type: ignore[arg-type]
+
+    def _best_within(
+        self, weights: Tensor, forced: Tensor | None, count: int, allowed: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """The `count` best of the weights, and which of them take part: those forced and `allowed` others."""
+        if forced is not None:
+            weights = weights.masked_fill(forced, torch.inf)
+        ranked = forced is not None or count > allowed
+        best = weights.topk(count, dim=-1, sorted=ranked)
+        shown = best.values > -torch.inf if self.hidden is not None else None
+        if ranked:
+            rank = torch.arange(count, device=weights.device)
+            if forced is not None:
+                rank = rank - forced.sum(-1, keepdim=True)
+            within = (rank < allowed).expand_as(best.values)
+            shown = within if shown is None else shown & within
+        return best.indices, shown
 
     def restrict(self, weights: Tensor, candidates: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Leaves those tokens out whose rows are not stored; here all are."""

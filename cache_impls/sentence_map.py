@@ -29,6 +29,7 @@ class SentenceMap:
         self.boundary_ids = boundary_ids
         self.longest = longest if boundary_ids is not None else min(longest, BLOCK)
         self.ends: Any = None  # boolean (B, N)
+        self._open: Any = None  # what `open_length` said of these, for the layers that ask the same
 
     @property
     def length(self) -> int:
@@ -54,6 +55,7 @@ class SentenceMap:
         starts = starts.cummax(dim=1).values if count else starts
         ends = marks | ((places - starts + 1) % longest == 0)
         self.ends = ends if self.ends is None else torch.cat([self.ends, ends], dim=1)
+        self._open = None
 
     def reach(self, length: int, batch: int, device: torch.device) -> None:
         """Takes tokens that no hook has seen in as blocks, up to `length` of all."""
@@ -64,9 +66,11 @@ class SentenceMap:
         """Tokens of the sentence that has not ended yet, `(B,)`."""
         if self.ends is None or self.length == 0:
             return torch.zeros(batch, dtype=torch.long, device=device)
-        tail = self.ends[:, -min(self.longest, self.length) :]
-        newest_end = tail.flip(1).long().argmax(1)
-        return torch.where(tail.any(1), newest_end, tail.shape[1])
+        if self._open is None:
+            tail = self.ends[:, -min(self.longest, self.length) :]
+            newest_end = tail.flip(1).long().argmax(1)
+            self._open = torch.where(tail.any(1), newest_end, tail.shape[1])
+        return self._open
 
     def numbers(self, start: int = 0) -> Tensor:
         """Which sentence each token from `start` on belongs to, `(B, N - start)`, counted from 0."""
@@ -76,12 +80,16 @@ class SentenceMap:
     def crop(self, length: int) -> None:
         """Forgets all but the first `length` tokens."""
         if self.ends is not None:
-            self.ends = self.ends[:, :length]
+            self.ends, self._open = self.ends[:, :length], None
 
     def reorder(self, index: Tensor) -> None:
         """Keeps the batch rows `index` names, in its order."""
         if self.ends is not None:
-            self.ends = self.ends[index.to(self.ends.device)]
+            self.ends, self._open = self.ends[index.to(self.ends.device)], None
+
+    def tensors(self) -> list[Tensor]:
+        """Everything kept alive."""
+        return [tensor for tensor in (self.ends, self.boundary_ids, self._open) if tensor is not None]
 
     def reset(self) -> None:
-        self.ends = None
+        self.ends, self._open = None, None

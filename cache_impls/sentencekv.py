@@ -28,7 +28,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from hf_ext.cache_impls.attention import MAX_IN_SPACE_ROWS, Segment, group_rows, segment_attention, ungroup_rows
 from hf_ext.cache_impls.base import KVLayer
-from hf_ext.cache_impls.retrieval import UNPAGED, PageIndex, SentenceIndex
+from hf_ext.cache_impls.retrieval import NEWEST_CANDIDATES, PageIndex, SentenceIndex
 from hf_ext.cache_impls.retrieval_cache import RetrievalCache
 from hf_ext.cache_impls.retrieval_layer import Index, RetrievalConfig, RetrievalLayer, all_rows
 from hf_ext.cache_impls.sentence_map import SentenceMap
@@ -55,8 +55,9 @@ class SentenceKVConfig(RetrievalConfig):
             Newest tokens, always attended to; up to 31 more until they are stored.
         query_window (`int`, defaults to 32):
             Last queries of the prompt by which `keep` chooses.
-        refresh (`int`, defaults to 2):
-            Tokens generated with one choice; a sentence's end renews it sooner. The paper chooses at every step.
+        refresh (`int`, defaults to 1):
+            Tokens generated with one choice; a sentence's end renews it sooner. More than 1 is faster and can lose what
+            only the next token asks for.
         index_rank (`int`, *optional*):
             Bytes of index a token and head take with `score="lowrank_token"`; half of the head dimension by default.
         offload_device (`str`, *optional*):
@@ -92,7 +93,11 @@ class SentenceKVConfig(RetrievalConfig):
         super().validate()
         number = not isinstance(self.keep, str)
         self.check(not number or self.keep >= 1, "keep", 'must be "all" or at least 1')  # type: ignore[operator]
-        self.check(1 <= self.max_sentence_tokens <= UNPAGED, "max_sentence_tokens", f"must lie in [1, {UNPAGED}]")
+        self.check(
+            1 <= self.max_sentence_tokens <= NEWEST_CANDIDATES,
+            "max_sentence_tokens",
+            f"must lie in [1, {NEWEST_CANDIDATES}]",
+        )
         self.check(self.length_threshold >= 0, "length_threshold", "must not be negative")
         self.check(self.boundary_ids != [], "boundary_ids", "must not be empty; leave it out for blocks of 32 tokens")
         self.check(self.mode != "paper" or number, "keep", 'must be a number with mode="paper", for example 3.0')
@@ -105,7 +110,7 @@ class SentenceKVLayer(RetrievalLayer):
     """A retrieval layer that knows where sentences end.
 
     Args:
-        model_config (`PreTrainedConfig`), layer_idx (`int`): see `RetrievalLayer`.
+        model_config (`PreTrainedConfig`), layer_idx (`int`), order (`int`): see `RetrievalLayer`.
         config (`SentenceKVConfig`): settings.
         sentences (`SentenceMap`): shared by the layers of a cache.
     """
@@ -114,9 +119,14 @@ class SentenceKVLayer(RetrievalLayer):
     batch_state = (*RetrievalLayer.batch_state, "asked_sum", "asked_count")
 
     def __init__(
-        self, model_config: PreTrainedConfig, layer_idx: int, config: SentenceKVConfig, sentences: SentenceMap
+        self,
+        model_config: PreTrainedConfig,
+        layer_idx: int,
+        order: int,
+        config: SentenceKVConfig,
+        sentences: SentenceMap,
     ):
-        super().__init__(model_config, layer_idx, config)
+        super().__init__(model_config, layer_idx, order, config)
         self.sentences = sentences
 
     def _clear(self) -> None:
@@ -301,7 +311,7 @@ class SentenceKVCache(RetrievalCache):
     def make_layer(self, model_config: PreTrainedConfig, layer_idx: int, order: int) -> KVLayer:
         if self.config.mode == "paper":
             return PaperLayer(model_config, layer_idx, self.config, self.sentences)
-        return SentenceKVLayer(model_config, layer_idx, self.config, self.sentences)
+        return SentenceKVLayer(model_config, layer_idx, order, self.config, self.sentences)
 
     def observe_tokens(self, ids: Tensor | None, batch: int, count: int, mask: Tensor | None) -> None:
         seen = self.kv_layers[0].seen
@@ -314,8 +324,7 @@ class SentenceKVCache(RetrievalCache):
             self.sentences.extend(count, batch, source.device, ids, real)
 
     def shared_tensors(self) -> list[Tensor]:
-        held = (self.sentences.ends, self.sentences.boundary_ids)
-        return [tensor for tensor in held if tensor is not None]
+        return self.sentences.tensors()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]

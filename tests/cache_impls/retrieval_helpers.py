@@ -5,6 +5,8 @@ import functools
 import torch
 
 from hf_ext import HybridKVCache, HybridKVConfig, SentenceKVCache, SentenceKVConfig
+from hf_ext.cache_impls.attention import dense_attention
+from hf_ext.cache_impls.retrieval import PAGE
 from hf_ext.tiny import ARCHITECTURES, tiny_model
 from tests.cache_impls.helpers import Driver
 
@@ -112,6 +114,69 @@ class RetrievalDriver(Driver):
         layer = self.layer
         if getattr(layer, "stores", None) and layer.chosen is not None:
             self.attended.append(attended_places(layer))
+
+
+class HybridDriver(RetrievalDriver):
+    """Notes for each block the output there should be: sinks, newest and fetched tokens as they came, all others as their
+    codes say, or as the mean codes of their page where it is not read."""
+
+    def __init__(self, **settings):
+        self.expected = []
+        super().__init__("hybridkv", **settings)
+
+    def feed_text(self, text, prompt, blocks=None):
+        self.text = text
+        return super().feed_text(text, prompt, blocks)
+
+    def feed(self, query, key, value):
+        self.query = query
+        return super().feed(query, key, value)
+
+    def stand_ins(self):
+        """Keys and values `(B, K, M, D)` that stand for the stored tokens."""
+        found = []
+        for codes in (self.layer.index.codes, self.layer.value_codes):
+            rows = codes.rows.rows.float()
+            if self.layer.index.in_pages:
+                pages = rows.unflatten(2, (-1, PAGE))
+                read = torch.zeros(pages.shape[:3], dtype=torch.bool).scatter(2, self.layer.near, True)
+                means = pages.mean(3, keepdim=True).round()
+                rows = torch.where(read[..., None, None], pages, means).flatten(2, 3)
+            found.append(codes.mean + rows @ codes.expand.mT)
+        return found
+
+    def note(self):
+        layer = self.layer
+        if not layer.stores:
+            return
+        start, stop = layer.seen - self.query.shape[2], layer.seen
+        count, heads = layer.index.length, layer.full[0].data.shape[1]
+        assert count == stop - layer.full[0].length
+        exact = layer.kept_tokens.long() if layer.attends_to_store else layer.chosen
+        shown = torch.ones_like(exact, dtype=torch.bool)
+        if layer.shown is not None and not layer.attends_to_store:
+            shown = layer.shown
+        places = layer.places_of(None, torch.Size((self.batch, 1, count))).long().expand(-1, heads, -1)
+        fetched = torch.zeros(self.batch, heads, count, dtype=torch.bool)
+        for row in range(self.batch):
+            for head in range(heads):
+                own = exact[row, head][shown[row, head]]
+                assert len(set(own.tolist())) == len(own), "a token takes part twice"
+                fetched[row, head, own] = True
+        states = []
+        for tokens, others in zip(self.text[1:], self.stand_ins()):
+            rebuilt = tokens[:, :, :stop].clone()
+            where = places[..., None].expand(-1, -1, -1, tokens.shape[3])
+            mixed = torch.where(fetched[..., None], rebuilt.gather(2, where), others)
+            states.append(rebuilt.scatter(2, where, mixed))
+        options = {"scaling": self.query.shape[3] ** -0.5, "softcap": self.softcap}
+        self.expected.append(dense_attention(self.module, self.query, *states, self.mask(start, stop), **options)[0])
+
+    def check(self, text, prompt, blocks=None):
+        """Feeds the text and compares what came out of every block with what should."""
+        found = self.feed_text(text, prompt, blocks)[1:]
+        assert len(self.expected) == len(found) > 0
+        assert_close(found, self.expected, atol=1e-4)
 
 
 def index_bytes(cache):

@@ -11,7 +11,10 @@ from hf_ext.cache_impls.retrieval import (
     SentenceIndex,
     TokenIndex,
     best_of_heads,
+    mean_codes,
+    places_in,
     query_moment,
+    read_pages,
     spread_forward,
 )
 from tests.reference import sentencekv as reference
@@ -156,7 +159,7 @@ def small_pages(monkeypatch, scanned=128, candidates=64, unpaged=32):
     """Makes two-step search begin early; settings below do not raise the limits again."""
     monkeypatch.setattr(retrieval, "SCANNED_TOKENS", scanned)
     monkeypatch.setattr(retrieval, "CANDIDATES", candidates)
-    monkeypatch.setattr(retrieval, "UNPAGED", unpaged)
+    monkeypatch.setattr(retrieval, "NEWEST_CANDIDATES", unpaged)
 
 
 def test_a_short_text_is_scanned_token_by_token():
@@ -195,14 +198,27 @@ def test_two_steps_score_candidates_as_the_scan_would(pieces, monkeypatch):
         assert set(newest.tolist()) <= set(row.tolist())
 
 
-def test_two_steps_find_most_of_what_the_scan_finds(monkeypatch):
-    keys, queries = opposed(2000)
-    rows = queries.view(B, K, -1, D)[:, :, :1]
-    best = TokenIndex(keys, 8, 8).score(rows)[0].topk(8, dim=-1).indices[:, :, 0]
+def drifting(length):
+    """Keys of which neighbours are much alike, as those of a text."""
+    noise, keys = random(B, K, length, D), []
+    for place in range(length):
+        keys.append(noise[:, :, place] if not keys else 0.95 * keys[-1] + 0.31 * noise[:, :, place])
+    return torch.stack(keys, dim=2) * torch.linspace(2, 0.1, D)
+
+
+@pytest.mark.parametrize(("kind", "share"), [("noise", 0.5), ("text", 0.95)])
+def test_two_steps_find_most_of_what_the_scan_finds(kind, share, monkeypatch):
+    keys = drifting(2000) if kind == "text" else opposed(2000)[0]
+    rows = random(B, K, 12, D, seed=7).unbind(2)
+    scan = TokenIndex(keys, 8, 8)
+    best = [scan.score(row[:, :, None])[0].topk(8, dim=-1).indices[:, :, 0] for row in rows]
     small_pages(monkeypatch, candidates=640)
-    places = TokenIndex(keys, 8, 8).score(rows)[1]
-    found = (best[..., None] == places[:, :, None]).any(-1).float().mean()
-    assert float(found) > 0.6, "twice what as many tokens at random would hold"
+    index, found = TokenIndex(keys, 8, 8), 0.0
+    for row, wanted in zip(rows, best):
+        places = index.score(row[:, :, None])[1]
+        assert places.shape[-1] < 660
+        found += float((wanted[..., None] == places[:, :, None]).any(-1).float().mean()) / len(rows)
+    assert found > share, "a third would be found at random"
 
 
 @pytest.mark.parametrize("depth", [0, 1, 15, 16, 333, 1023, 1650, 1690, 1699])
@@ -256,6 +272,67 @@ def test_an_index_follows_its_rows_and_can_go_on(kind, monkeypatch):
     torch.testing.assert_close(found, expected[index], atol=1e-5, rtol=1e-5)
     assert places is None or torch.equal(places, others[index])
     assert made.length == 400
+
+
+def test_mean_codes_are_rounded_to_bytes():
+    rows = torch.randint(-127, 128, (B, K, 3 * PAGE, 5), generator=torch.Generator().manual_seed(0)).to(torch.int8)
+    means = mean_codes(rows)
+    assert means.dtype == torch.int8
+    for page in range(3):
+        expected = rows[:, :, page * PAGE : page * PAGE + PAGE].double().mean(2).round()
+        assert torch.equal(means[:, :, page].double(), expected)
+
+
+def test_pages_are_read_with_all_their_rows():
+    rows, pages = random(B, K, 5 * PAGE, 3), torch.tensor([[[0, 4], [1, 2]], [[3, 4], [0, 1]]])
+    places = places_in(pages)
+    assert places[0, 1].tolist() == list(range(PAGE, 3 * PAGE))
+    assert torch.equal(read_pages(rows, pages), rows.gather(2, places[..., None].expand(-1, -1, -1, 3)))
+
+
+@pytest.mark.parametrize("pieces", [[200], [200, *[1] * 40], [100, 20, 16, 64], [140, 31], [129]])
+@pytest.mark.parametrize("padded", [False, True])
+def test_an_index_that_looks_at_pages_has_the_mean_codes_of_every_full_one(pieces, padded, monkeypatch):
+    small_pages(monkeypatch)
+    start, hidden = pieces[0], None
+    keys = decaying(sum(pieces))
+    if padded:
+        hidden = torch.zeros(B, K, start, dtype=torch.bool)
+        hidden[1, :, :37] = True
+    index = TokenIndex(keys[:, :, :start], 6, 8, hidden)
+    for size in pieces[1:]:
+        index.append(keys[:, :, start : start + size])
+        start += size
+        assert index.in_pages == (start > 128)
+    means, reach = index.pages
+    assert means.length == reach.length == start // PAGE
+    codes = index.codes.rows.rows[:, :, : start // PAGE * PAGE]
+    assert not padded or not bool(codes[1, :, :37].any()), "padding is an average key"
+    assert torch.equal(means.rows, mean_codes(codes))
+    leading = codes.unflatten(2, (-1, PAGE))[..., :2].int()  # a quarter of six coordinates, rounded up
+    middle = means.rows[..., :2].int()
+    expected = torch.cat([leading.amax(3) - middle, middle - leading.amin(3)], dim=-1).clamp_max(127)
+    assert reach.rows.tolist() == expected.tolist()
+
+
+def test_an_index_without_many_tokens_or_without_a_budget_looks_at_all(monkeypatch):
+    assert not TokenIndex(decaying(200), 6, 8).in_pages
+    small_pages(monkeypatch)
+    for index in (TokenIndex(decaying(400), 6, None), TokenIndex(decaying(128), 6, 8)):
+        assert not index.in_pages
+        assert index.pages == []
+        assert index.score(random(B, K, 1, D))[1] is None
+
+
+@pytest.mark.parametrize("newest", [32, 48])
+def test_the_newest_tokens_are_candidates_whatever_their_pages_promise(newest, monkeypatch):
+    small_pages(monkeypatch, candidates=96, unpaged=newest)
+    keys, query = random(B, K, 605, D), random(B, K, 1, D, seed=1)
+    keys[:, :, -80:] = -9 * query
+    places = TokenIndex(keys, D, 8).score(query)[1]
+    for row in places.flatten(0, 1).tolist():
+        assert set(range(605 - newest, 605)) <= set(row)
+        assert len(row) == 96 + 605 % PAGE
 
 
 # Page index.

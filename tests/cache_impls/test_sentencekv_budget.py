@@ -94,7 +94,7 @@ def test_a_step_is_attention_to_the_tokens_that_take_part(score, where, pads, tm
         monkeypatch.setattr(retrieval, "SCANNED_BUDGETS", 1)
         monkeypatch.setattr(retrieval, "CANDIDATES", 64)
         monkeypatch.setattr(retrieval, "CANDIDATE_BUDGETS", 1)
-        monkeypatch.setattr(retrieval, "UNPAGED", 128)
+        monkeypatch.setattr(retrieval, "NEWEST_CANDIDATES", 128)
     text, folder = text_tensors(2, 2, 2, 530, DIM), str(tmp_path) if where == "file" else None
     settings = {"score": score, "offload_dir": folder, "refresh": 3}
     driver = watched(share=0.02, text=text, pads=pads, prompt=500, steps=30, **settings)

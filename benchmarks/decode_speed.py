@@ -46,6 +46,7 @@ SYSTEMS = {
         config, {"token_budget": BUDGET, "offload_dir": tempfile.gettempdir()}
     ),
     "hybridkv": lambda config, length: HybridKVCache(config, {"token_budget": BUDGET}),
+    "hybridkv, refresh 1": lambda config, length: HybridKVCache(config, {"token_budget": BUDGET, "refresh": 1}),
     "hybridkv, on disk": lambda config, length: HybridKVCache(
         config, {"token_budget": BUDGET, "offload_dir": tempfile.gettempdir()}
     ),

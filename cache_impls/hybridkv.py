@@ -55,8 +55,8 @@ class HybridKVConfig(RetrievalConfig):
             Newest tokens, always at full rank; up to 31 more until they are stored.
         query_window (`int`, defaults to 32):
             Last queries of the prompt by which a byte budget chooses; twice as many spread over it count too.
-        refresh (`int`, defaults to 1):
-            Tokens generated with one choice of retrieved tokens.
+        refresh (`int`, defaults to 2):
+            Tokens generated with one choice of retrieved tokens; layers take turns. Codes answer for what it misses.
         index_rank (`int`, *optional*):
             Coordinates of a key; half of the head dimension, or what a byte budget leaves.
         value_rank (`int`, *optional*):
@@ -70,6 +70,7 @@ class HybridKVConfig(RetrievalConfig):
             The same as a number of bytes, over all layers and the batch. Generated tokens come on top.
     """
 
+    refresh: int = 2
     value_rank: int | None = None
     ratio: float | None = None
     max_bytes: int | None = None

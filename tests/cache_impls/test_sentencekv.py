@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from hf_ext.cache_impls.retrieval_layer import RetrievalLayer
 from hf_ext.tiny import tiny_model
 from tests.cache_impls.helpers import generate, prompts
 from tests.cache_impls.retrieval_helpers import (
@@ -331,3 +332,22 @@ def test_an_empty_cache_can_be_selected_repeated_and_reordered(name):
     cache.batch_repeat_interleave(2)
     cache.crop(0)
     fill(model, [exact, cache], prompts(length=300))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_layers_take_turns_at_choosing(name, monkeypatch):
+    model, chose, choose = model_of("llama"), [], RetrievalLayer._choose
+
+    def noting(layer, *arguments):
+        chose.append((layer.seen, layer.order))
+        choose(layer, *arguments)
+
+    monkeypatch.setattr(RetrievalLayer, "_choose", noting)
+    cache = make(name, model, token_budget=128, refresh=2)
+    feed(model, cache, prompts(rows=1, length=208, pad=0), later(1, [1] * 6))
+    layers = range(len(cache.kv_layers))
+    assert len(layers) > 1
+    assert [order for seen, order in chose if seen == 209] == list(layers), "the first step has nothing to go on with"
+    for step in range(210, 215):
+        assert [order for seen, order in chose if seen == step] == [n for n in layers if (step + n) % 2 == 0]

@@ -37,7 +37,7 @@ SYSTEMS = {
     "ojakv 0.4": lambda config, length: OjaKVCache(config, OjaKVConfig(ratio=0.4)),
     "ojakv 0.3": lambda config, length: OjaKVCache(config, OjaKVConfig(ratio=0.3)),
     "sentencekv": lambda config, length: SentenceKVCache(config, {"token_budget": BUDGET}),
-    "sentencekv, refresh 2": lambda config, length: SentenceKVCache(config, {"token_budget": BUDGET, "refresh": 2}),
+    "sentencekv, refresh 1": lambda config, length: SentenceKVCache(config, {"token_budget": BUDGET, "refresh": 1}),
     "sentencekv, refresh 8": lambda config, length: SentenceKVCache(config, {"token_budget": BUDGET, "refresh": 8}),
     "sentencekv, page bound": lambda config, length: SentenceKVCache(
         config, {"token_budget": BUDGET, "score": "page_bound"}

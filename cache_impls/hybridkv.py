@@ -70,7 +70,6 @@ class HybridKVConfig(RetrievalConfig):
             The same as a number of bytes, over all layers and the batch. Generated tokens come on top.
     """
 
-    refresh: int = 2
     value_rank: int | None = None
     ratio: float | None = None
     max_bytes: int | None = None

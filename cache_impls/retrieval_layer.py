@@ -54,7 +54,7 @@ class RetrievalConfig(MethodConfig):
     sink_tokens: int = 32
     recent_tokens: int = 32
     query_window: int = 32
-    refresh: int = 1
+    refresh: int = 2
     index_rank: int | None = None
     offload_device: str | None = None
     offload_dir: str | None = None

@@ -55,9 +55,9 @@ class SentenceKVConfig(RetrievalConfig):
             Newest tokens, always attended to; up to 31 more until they are stored.
         query_window (`int`, defaults to 32):
             Last queries of the prompt by which `keep` chooses.
-        refresh (`int`, defaults to 1):
-            Tokens generated with one choice; a sentence's end renews it sooner. More than 1 is faster and can lose what
-            only the next token asks for.
+        refresh (`int`, defaults to 2):
+            Tokens generated with one choice, layers taking turns; a sentence's end renews it sooner. 1 is slower and finds
+            what only the next token asks for.
         index_rank (`int`, *optional*):
             Bytes of index a token and head take with `score="lowrank_token"`; half of the head dimension by default.
         offload_device (`str`, *optional*):

@@ -29,7 +29,7 @@ KINDS = {
     "current": {"score": "current_query", "boundary_ids": [5, 6, 7, 8]},
     "pages": {"score": "page_bound"},
     "no_edges": {"sink_tokens": 0, "recent_tokens": 0},
-    "every_other_step": {"refresh": 2},
+    "every_step": {"refresh": 1},
 }
 
 

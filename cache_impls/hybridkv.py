@@ -117,6 +117,11 @@ class HybridKVLayer(RetrievalLayer):
         self.near: Any = None  # (B, K, pages), those read token by token, ascending
         self.near_keys: Any = None  # (B, K, pages * PAGE, R), int8, a copy of their codes
         self.near_values: Any = None  # (B, K, pages * PAGE, S), int8
+        # Of a step: its queries as the codes meet them, and, where tokens are chosen anew, their products with the codes
+        # read and with the means of all pages.
+        self.code_query: Any = None
+        self.code_scores: Any = None
+        self.page_scores: Any = None
         # (B, K, kept), which of the tokens between sinks and newest are stored at full rank, ascending; None means all.
         self.kept_tokens: Any = None
         self.kept_share = 1.0
@@ -295,7 +300,7 @@ class HybridKVLayer(RetrievalLayer):
     def remainder(self, rows: Tensor) -> list[Segment]:
         """All tokens but those that take part at full rank: by their codes, or by the means of their pages."""
         keys, values = self.index.codes, self.value_codes
-        exact = (self.kept_tokens if self.attends_to_store else self.chosen).long()
+        exact: Any = self.kept_tokens.long() if self.attends_to_store else self.chosen
         read = (keys.rows.data, values.rows.data, keys.rows.length)
         if self.index.in_pages:
             exact, read = self.picked, (self.near_keys, self.near_values, self.near_keys.shape[2])
@@ -312,7 +317,7 @@ class HybridKVLayer(RetrievalLayer):
                 self.code_query, *means, **bases, exclude=self.near, counts=self.page_counts, scores=self.page_scores
             )
             parts.append(pages)
-        del self.code_query, self.code_scores, self.page_scores  # of this step alone
+        self.code_query = self.code_scores = self.page_scores = None  # they were of this step alone
         return parts
 
     def materialize(self) -> tuple[Tensor, Tensor]:

@@ -101,7 +101,15 @@ def test_hand_computed():
     length = 36
     text = text_tensors(1, 1, 1, length + 1, 4)
     driver = RetrievalDriver(
-        "hybridkv", batch=1, kv_heads=1, groups=1, dim=4, token_budget=36, sink_tokens=2, recent_tokens=2
+        "hybridkv",
+        batch=1,
+        kv_heads=1,
+        groups=1,
+        dim=4,
+        token_budget=36,
+        sink_tokens=2,
+        recent_tokens=2,
+        refresh=1,
     )
     driver.layer.config.token_budget = 35  # less than can be asked for, so that 37 tokens do not fit
     query, key, value = text
@@ -129,7 +137,7 @@ def test_hand_computed():
 def distance(**settings):
     model, inputs, blocks = model_of("llama"), prompts(length=PROMPT, pad=23), later(2, [1] * 12)
     expected = torch.cat(feed(model, DynamicCache(config=model.config), inputs, blocks), dim=1)
-    cache = make("hybridkv", model, **{**TIGHT, "token_budget": 96, **settings})
+    cache = make("hybridkv", model, **{**TIGHT, "token_budget": 96, "refresh": 1, **settings})
     found = torch.cat(feed(model, cache, inputs, blocks), dim=1)
     assert stored_tokens(cache) > 0 or settings.get("ratio")
     return (found - expected).abs()
@@ -330,7 +338,7 @@ def test_reordered_rows_and_copies_go_on_as_their_own(kind):
 def test_left_padding_does_not_change_what_a_row_says(pad, settings):
     """Up to the rounding of codes and which of two tokens of equal weight is fetched."""
     model, blocks = model_of("llama"), later(2, [1] * 24 + [20, 1])
-    inputs, settings = prompts(length=PROMPT, pad=pad), {**EDGES, "token_budget": 96, **settings}
+    inputs, settings = prompts(length=PROMPT, pad=pad), {**EDGES, "token_budget": 96, "refresh": 1, **settings}
     together = feed(model, make("hybridkv", model, **settings), inputs, blocks)
     alone = {key: value[1:, pad:] for key, value in inputs.items()}
     expected = feed(model, make("hybridkv", model, **settings), alone, [block[1:] for block in blocks])

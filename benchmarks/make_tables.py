@@ -29,7 +29,7 @@ PAGES = {
 }
 # What writes the results that are not simply those of the script of their name.
 COMMANDS = {
-    "kv_quality_low": "kv_quality.py --documents 3 --needles 2 --ratios 0.28 0.14 --systems hybridkv ojakv 'int4 per token' "
+    "kv_quality_low": "kv_quality.py --documents 2 --needles 0 --ratios 0.28 0.14 --systems hybridkv ojakv 'int4 per token' "
     "'pca post-rope' snapkv 'snapkv + int8' streamingllm --out benchmarks/results/kv_quality_low.json",
 }
 # Systems whose name begins so are ours; all others are peers, and so is the form a paper published.

@@ -5,8 +5,9 @@
 Every system appends one token and attends with one query over random keys and values of the same prompt, on one thread.
 A step is timed by `process_time`; systems take turns step by step, so that a change of the machine's speed meets all of
 them. Means and ratios are of total time, over enough steps that ojakv updates its bases twice; the slowest step is one.
-StaticCache is given the final length in advance. Beyond `DENSE_LENGTH` only the retrieval caches run, 40 steps. What the
-caches do depends on shapes and budgets, not on values, so random tensors time what real ones would.
+StaticCache is given the final length in advance. Beyond `DENSE_LENGTH` only the retrieval caches run, 40 steps, and in
+turn with them the same caches over 8K tokens. What the caches do depends on shapes and budgets, not on values, so random
+tensors time what real ones would.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ SYSTEMS = {
 OURS = ("packed", "ojakv", "sentencekv", "hybridkv")
 RETRIEVAL = ("sentencekv", "hybridkv")
 BUDGET = 1024
-DENSE_LENGTH = 32768
+DENSE_LENGTH, SHORT_LENGTH = 32768, 8192
 PROMPT_QUERIES = 512  # the last ones of the prompt, for indexes and anchors
 
 
@@ -99,25 +100,29 @@ def tokens(count: int, heads: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(1, heads, count, DIM).to(dtype)
 
 
-def measure(length: int, dtype: torch.dtype, steps: int) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Milliseconds of each step, and megabytes at the end, by system."""
+def measure(
+    length: int, dtype: torch.dtype, steps: int, names: list[str]
+) -> tuple[dict[str, list[float]], dict[str, float], dict[str, list[float]]]:
+    """Milliseconds of each step and megabytes at the end, by system; and, beyond `DENSE_LENGTH`, the milliseconds of the
+    same systems over `SHORT_LENGTH` tokens, which take their turns among the others."""
     warmup = 3
     torch.manual_seed(0)
-    prompt = [tokens(count, heads, dtype) for count, heads in ((PROMPT_QUERIES, HEADS), *[(length, KV_HEADS)] * 2)]
-    names = [name for name in SYSTEMS if length <= DENSE_LENGTH or method(name) in RETRIEVAL]
-    systems = {}
-    for name in names:
-        systems[name] = System(name, length, steps + warmup)
-        systems[name].fill(*prompt)
-    times: dict[str, list[float]] = {name: [] for name in systems}
+    systems, times = {}, {}
+    for size in [length] if length <= DENSE_LENGTH else [length, SHORT_LENGTH]:
+        prompt = [tokens(count, heads, dtype) for count, heads in ((PROMPT_QUERIES, HEADS), *[(size, KV_HEADS)] * 2)]
+        for name in names:
+            systems[name, size], times[name, size] = System(name, size, steps + warmup), []
+            systems[name, size].fill(*prompt)
     for step in tqdm(range(steps + warmup), desc=f"{length} {dtype}", leave=False):
         new = tokens(1, HEADS, dtype), tokens(1, KV_HEADS, dtype), tokens(1, KV_HEADS, dtype)
-        for name, system in systems.items():
+        for key, system in systems.items():
             start = time.process_time()
             system(*new)
             if step >= warmup:
-                times[name].append(1e3 * (time.process_time() - start))
-    return times, {name: system.megabytes() for name, system in systems.items()}
+                times[key].append(1e3 * (time.process_time() - start))
+    sizes = {name: systems[name, length].megabytes() for name in names}
+    short = {name: times[name, SHORT_LENGTH] for name in names if length > DENSE_LENGTH}
+    return {name: times[name, length] for name in names}, sizes, short
 
 
 def ratio(slow: list[float], fast: list[float]) -> tuple[float, float]:
@@ -140,21 +145,21 @@ def main() -> None:
         rows.append(Row(method(name), name, setting, metric, round(value, 3), unit, n, round(spread, 3)))
         print(f"{setting:50s} {name:24s} {metric:24s} {value:8.2f} {unit} +- {spread:.2f}", flush=True)
 
-    first: dict[str, float] = {}
     for length in arguments.lengths:
         for dtype in (torch.float32, torch.bfloat16):
             dense = length <= DENSE_LENGTH
             with torch.no_grad():
-                times, sizes = measure(length, dtype, arguments.steps if dense else min(arguments.steps, 40))
+                names = [name for name in SYSTEMS if dense or method(name) in RETRIEVAL]
+                steps = arguments.steps if dense else min(arguments.steps, 40)
+                times, sizes, short = measure(length, dtype, steps, names)
             kind = str(dtype).removeprefix("torch.")
             setting = f"Llama-3.2-1B layer, {length // 1024}K, {kind}, 1 thread"
             for name, values in times.items():
                 add(name, setting, "decode step", statistics.mean(values), "ms", len(values), statistics.stdev(values))
                 add(name, setting, "resident bytes", sizes[name], "MB")
-                if length == 8192:
-                    first[name + kind] = statistics.mean(values)
-                elif not dense and name + kind in first:
-                    add(name, setting, "time over that at 8K", statistics.mean(values) / first[name + kind], "x")
+                if not dense:
+                    middle, spread = ratio(values, short[name])
+                    add(name, setting, "time over that at 8K", middle, "x", len(values), spread)
                 if dense:
                     add(name, setting, "slowest decode step", max(values), "ms")
                     for peer in ("DynamicCache", "packed"):

@@ -1,6 +1,7 @@
 """A real model from prompt to decoding: time to first token, tokens per second, bytes, per cache.
 
     python benchmarks/end_to_end.py [--model NAME] [--length 8192] [--steps 40] [--rounds 2]
+                                    [--dtypes float32 bfloat16] [--systems sentencekv hybridkv]
                                     [--out benchmarks/results/end_to_end.json]
 
 The prompt is BBC news, repeated articles excluded, run through the embedded SmolLM2-135M unless `--model` names another.
@@ -60,20 +61,25 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    parser.add_argument(
+        "--systems", nargs="+", default=list(SYSTEMS), choices=list(SYSTEMS), help="beside DynamicCache"
+    )
     parser.add_argument("--out", default="benchmarks/results/end_to_end.json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    systems = {name: make for name, make in SYSTEMS.items() if name in ("DynamicCache", *arguments.systems)}
     rows: list[Row] = []
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (getattr(torch, name) for name in arguments.dtypes):
         model, tokenizer = load_model(arguments.model, dtype=dtype)
         length = arguments.length - arguments.steps
         text = "\n\n".join(document["text"] for document in load_bbc()[: arguments.length // 100])
         ids = tokenizer(text, return_tensors="pt").input_ids[:, :length]
         if ids.shape[1] < length:
             raise SystemExit(f"the packaged news have {ids.shape[1]} tokens; --length asks for {length}.")
-        runs: dict[str, list[tuple[float, float, int]]] = {name: [] for name in SYSTEMS}
+        runs: dict[str, list[tuple[float, float, int]]] = {name: [] for name in systems}
         for _ in range(arguments.rounds):
-            for name, make in tqdm(SYSTEMS.items(), desc=str(dtype), leave=False):
+            for name, make in tqdm(systems.items(), desc=str(dtype), leave=False):
                 runs[name].append(run_once(model, make(model), ids, arguments.steps))
         name_of_model = "SmolLM2-135M" if arguments.model is None else arguments.model
         setting = f"{name_of_model}, {arguments.length // 1024}K prompt, {str(dtype).removeprefix('torch.')}, 1 thread"

@@ -24,7 +24,13 @@ BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 PAGES = {
     "docs/methods/ojakv.md": ("kv_quality", "residuals", "decode_speed", "end_to_end", "exactness"),
     "docs/methods/packed.md": ("decode_speed", "end_to_end", "exactness"),
-    "docs/methods/sentencekv.md": ("retrieval_quality", "decode_speed", "end_to_end_float32", "exactness"),
+    "docs/methods/sentencekv.md": (
+        "retrieval_quality",
+        "decode_speed",
+        "end_to_end_float32",
+        "end_to_end_bfloat16",
+        "exactness",
+    ),
     "docs/methods/hybridkv.md": (
         "retrieval_quality",
         "kv_quality_low",
@@ -35,6 +41,8 @@ PAGES = {
 }
 # What writes the results that are not simply those of the script of their name.
 COMMANDS = {
+    "end_to_end_bfloat16": "end_to_end.py --dtypes bfloat16 --rounds 1 --systems sentencekv hybridkv --out "
+    "benchmarks/results/end_to_end_bfloat16.json",
     "end_to_end_float32": "end_to_end.py --dtypes float32 --out benchmarks/results/end_to_end_float32.json",
     "kv_quality_low": "kv_quality.py --documents 2 --needles 0 --ratios 0.28 0.14 --systems hybridkv ojakv 'int4 per token' "
     "'pca post-rope' snapkv 'snapkv + int8' streamingllm --out benchmarks/results/kv_quality_low.json",

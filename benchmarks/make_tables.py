@@ -36,6 +36,7 @@ PAGES = {
         "kv_quality_low",
         "decode_speed",
         "end_to_end_float32",
+        "end_to_end_bfloat16",
         "exactness",
     ),
 }

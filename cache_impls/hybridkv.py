@@ -148,17 +148,18 @@ class HybridKVLayer(RetrievalLayer):
 
     def fill(self, key: Tensor, value: Tensor, middle: Tensor, context: dict[str, Any] | None) -> None:
         everywhere, hidden = middle.expand(-1, key.shape[1], -1), self._hidden_at(middle)
+        real = None if hidden is None else ~hidden[:, 0]
         rows = [take(tokens, everywhere) for tokens in (key, value)]
         if hidden is not None:
             self.places = middle.to(torch.int32)
         count, ranks = self.plan(key, value, middle.shape[2])
         budget = None if self.config.bounds_bytes else self.config.token_budget
         self.index = TokenIndex(rows[0], ranks[0], budget, hidden, self.moment)
-        self.value_codes = Codes(rows[1], ranks[1], None if hidden is None else ~hidden[:, 0])
+        self.value_codes = Codes(rows[1], ranks[1], real)
         self._add_pages()
         self.kept_share = count / middle.shape[2]
         if count < middle.shape[2]:
-            need = self.need(rows, None if hidden is None else ~hidden[:, 0])
+            need = self.need(rows, real)
             if context is not None:
                 valid = None if self.hidden is None else ~self.hidden
                 window, scaling = self.config.query_window, context["scaling"]
@@ -244,12 +245,12 @@ class HybridKVLayer(RetrievalLayer):
         return kept, (ranks[0], ranks[1])
 
     def extend(self, rows: list[Tensor], hidden: Tensor | None, places: Tensor) -> None:
-        known = self.index.length
+        known, real = self.index.length, None if hidden is None else ~hidden[:, 0]
         self.index.append(rows[0], hidden)
-        self.value_codes.append(rows[1], None if hidden is None else ~hidden[:, 0])
+        self.value_codes.append(rows[1], real)
         self._add_pages()
         if self.kept_tokens is not None:
-            need = self.need(rows, None if hidden is None else ~hidden[:, 0])
+            need = self.need(rows, real)
             count = int(self.kept_share * (known + rows[0].shape[2])) - self.stored
             best = need.topk(min(max(count, 0), need.shape[2]), dim=-1).indices.sort(-1).values
             self.kept_tokens = torch.cat([self.kept_tokens, (best + known).to(torch.int32)], dim=2)

@@ -411,17 +411,16 @@ class RetrievalLayer(KVLayer):
     def _wanted(self, rows: Tensor, length: int) -> tuple[Tensor, Tensor | None]:
         """How much the queries want each indexed token, or some candidates, `(B, K, M)`; padding not at all."""
         scores, candidates = self.scores(rows, length)
-        weights = scores[:, :, 0]
-        if not isinstance(self.index, SentenceIndex):
-            if self.hidden is not None:  # what is hidden must not be the best of a query
-                scores = scores.masked_fill(self._hidden_among(candidates, weights)[:, :, None], -torch.inf)
-            weights = spread_forward(best_of_heads(scores), self.config.refresh)
+        hidden = None
         if self.hidden is not None:
-            weights = weights.masked_fill(self._hidden_among(candidates, weights), -torch.inf)
+            hidden = self.marks_at(self.hidden, self.places_of(candidates, scores[:, :, 0].shape))
+            scores = scores.masked_fill(hidden[:, :, None], -torch.inf)  # it must not be the best of a query either
+        if isinstance(self.index, SentenceIndex):
+            return scores[:, :, 0], candidates
+        weights = spread_forward(best_of_heads(scores), self.config.refresh)
+        if hidden is not None:
+            weights = weights.masked_fill(hidden, -torch.inf)
         return weights, candidates
-
-    def _hidden_among(self, candidates: Tensor | None, weights: Tensor) -> Tensor:
-        return self.marks_at(self.hidden, self.places_of(candidates, weights.shape))  # type: ignore[arg-type]
 
     def _best_within(
         self, weights: Tensor, forced: Tensor | None, count: int, allowed: int

@@ -17,5 +17,30 @@ class UnsupportedModelError(HfExtError, ValueError):
     """The model has a structure the method cannot serve."""
 
 
+class DeltaError(HfExtError, ValueError):
+    """Two checkpoints have no usable difference, or one cannot be read; the message names the tensors or the file."""
+
+
+class BlobError(HfExtError, ValueError):
+    """Bytes are not a delta this version can read: foreign, truncated, damaged or of a later format."""
+
+
 class MissingPackageError(HfExtError, ImportError):
     """An optional package is not installed; the message says which and how to install it."""
+
+
+class ArtifactError(HfExtError, OSError):
+    """A folder is not an artifact, or holds something an artifact may not hold."""
+
+
+class HubError(HfExtError, OSError):
+    """The Hub could not do what was asked; the message says why and what to do.
+
+    Args:
+        message (`str`): What happened and what to do.
+        status (`int`, *optional*): HTTP status of the answer, `None` where there was no answer.
+    """
+
+    def __init__(self, message: str, status: int | None = None):
+        super().__init__(message)
+        self.status = status

@@ -1,1 +1,1 @@
-"""Pushing, pulling and describing artifacts on the Hub will live here. Installs as `hf_ext.hub_tools`."""
+"""Artifacts on the Hub: `push_artifact`, `pull_artifact`, `render_card`. Installs as `hf_ext.hub_tools`."""

@@ -1,0 +1,412 @@
+"""`compress_delta`: from two checkpoints to an `OSDArtifact` of an asked size.
+
+One pass over the delta takes four numbers of each tensor. They decide which tensors become signs, which factors, and which
+are left out. Factors need a decomposition, once; signs only a second look at the delta. The parts are then fitted to the
+bytes that headers and configs leave, counted on the encoded files themselves. With calibration data, the forms that come
+into question are each put on the base model and measured by the divergence of its predictions from the fine-tuned ones.
+
+Shapes: as in `osd.py`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hf_ext.errors import ConfigError
+from hf_ext.log import get_logger
+from hf_ext.merging import osd
+from hf_ext.merging.blob import Delta
+from hf_ext.merging.calibrate import Calibration
+from hf_ext.merging.codes import VALUE_BITS
+from hf_ext.merging.deltas import Checkpoint, delta_entries, fingerprint, iter_deltas
+from hf_ext.merging.fit import Spectrum, fit_factors, fit_signs, fit_sparse
+from hf_ext.merging.osd_artifact import OSDArtifact, TensorReport
+from hf_ext.merging.osd_config import OSDConfig
+
+
+_logger = get_logger(__name__)
+
+DEFAULT_SHARE = 2000  # of the checkpoint's bytes, when no budget is given
+AUTO_BITS = (1, 2, 3, 4)
+MOST_COLUMNS = 256
+# Norms, biases and embeddings are coded without data when they moved this much more than the matrices, relative to size.
+OTHER_CHANGE = 2.0
+# With data: when leaving them out costs this share of the whole divergence.
+OTHER_DIVERGENCE = 0.01
+MAGNITUDES = (0.6, 0.8, 1.25)
+EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "shared", "lm_head", "embed_out")
+
+
+@dataclass(frozen=True)
+class TensorStats:
+    """Of one delta `d` beside its base weight `w`: `E|d|`, `E d^2`, `E w^2`, and how many entries."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+    mean_abs: float
+    mean_square: float
+    weight_square: float
+
+    @property
+    def size(self) -> int:
+        """Entries."""
+        return int(torch.Size(self.shape).numel())
+
+    @property
+    def is_other(self) -> bool:
+        """Whether it is a norm, a bias or an embedding, and not a matrix inside the network."""
+        return len(self.shape) < 2 or self.kind in EMBEDDINGS
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """`(n, d)` of the tensor as a matrix."""
+        return self.shape[0], self.size // self.shape[0]
+
+
+@dataclass
+class Form:
+    """One way to spend the budget: which tensors are signs, which are factors, and how large signs are."""
+
+    label: str
+    signs: list[TensorStats]
+    factors: list[TensorStats]
+    magnitude: float = 1.0
+    fitted: dict[tuple, tuple] = field(default_factory=dict)
+
+
+def compress_delta(
+    base: str | os.PathLike | torch.nn.Module,
+    tuned: str | os.PathLike | torch.nn.Module,
+    config: OSDConfig | None = None,
+    calibration: Iterable[Any] | None = None,
+    *,
+    base_revision: str | None = None,
+    progress: bool = True,
+) -> OSDArtifact:
+    """Compress what a fine-tune added to its base into a few bytes (OSD, arXiv 2511.02681).
+
+    Args:
+        base, tuned (`str`, `os.PathLike` or `nn.Module`): Folders, Hub ids or models of one architecture. Folders are
+            read tensor by tensor.
+        config (`OSDConfig`, *optional*): Budget and codec.
+        calibration (`Iterable`, *optional*): Training texts of the fine-tune, never those it is judged on: strings,
+            mappings with `input_ids` (and `attention_mask`, `labels`), a `datasets.Dataset` or a `DataLoader` of such.
+            With it both models are loaded and the codec is chosen by measured divergence.
+        base_revision (`str`, *optional*): Revision of the base on the Hub.
+        progress (`bool`): Show progress bars.
+
+    Returns:
+        `OSDArtifact`: at most `config.budget` bytes once saved.
+
+    Raises:
+        `DeltaError`: the checkpoints have no usable difference, or it is not finite. `ConfigError`: a setting that cannot
+            work for these checkpoints, such as a budget below one entry, or a data-driven score without data.
+    """
+    config = config or OSDConfig()
+    if config.needs_gradients and calibration is None:
+        raise ConfigError(
+            f"OSDConfig.importance={config.importance!r} needs calibration data; pass calibration=... or take "
+            '"magnitude" or "energy".'
+        )
+    job = _Compression(base, tuned, config, base_revision, progress)
+    measure = None
+    if calibration is not None:
+        measure = Calibration(base, tuned, calibration, config.calibration_samples, job.base.source, progress)
+    return job.run(measure)
+
+
+class _Compression:
+    def __init__(self, base, tuned, config: OSDConfig, revision: str | None, progress: bool) -> None:
+        self.base = Checkpoint.open(base, revision=revision)
+        self.tuned = Checkpoint.open(tuned)
+        self.config, self.progress = config, progress
+        self.entries = {entry.name: entry for entry in delta_entries(self.base, self.tuned)}
+        self.stats = self._walk()
+        self.spectra: dict[str, Spectrum] = {}
+        self.gradients: dict[str, Tensor] = {}
+
+    def run(self, measure: Calibration | None) -> OSDArtifact:
+        config = self.config
+        matrices = [item for item in self.stats if not item.is_other and self._is_wanted(item.name)]
+        if not any(item.mean_abs for item in self.stats):
+            return self._finish({}, Form("nothing changed", [], []), measure)
+        moved = [item for item in matrices if item.mean_abs]
+        others, choice = self._others(moved, measure)
+        budget = self._budget(moved)
+        if measure is not None and config.codec == "sparse" and config.importance not in ("magnitude", "energy"):
+            self.gradients = measure.gradients([item.name for item in moved], config.importance)
+        forms = self._forms(moved, others, budget)
+        artifacts = [(form, self._fill(form, budget, choice)) for form in forms]
+        if measure is not None:
+            artifacts = self._best(artifacts, budget, choice, measure)
+        form, deltas = artifacts[0]
+        return self._finish(deltas, form, measure, choice)
+
+    def _is_wanted(self, name: str) -> bool:
+        wanted = self.config.target_modules
+        module = name.rpartition(".")[0]
+        return wanted is None or any(module == end or module.endswith("." + end) for end in wanted)
+
+    def _bar(self, items: Iterable, total: int, what: str) -> Iterable:
+        return tqdm(items, total=total, desc=what, disable=None if self.progress else True, leave=False)
+
+    def _walk(self) -> list[TensorStats]:
+        found = []
+        for entry, delta in self._bar(iter_deltas(self.base, self.tuned), len(self.entries), "reading"):
+            weight = self.base.tensor(entry.name).float()
+            square = delta.pow(2).mean(dtype=torch.float64), weight.pow(2).mean(dtype=torch.float64)
+            mean_abs = delta.abs().mean(dtype=torch.float64)
+            found.append(TensorStats(entry.name, entry.shape, entry.kind, float(mean_abs), *map(float, square)))
+        return found
+
+    def _budget(self, moved: list[TensorStats]) -> int:
+        """Bytes of the whole artifact; in paper mode, of the factors alone."""
+        config = self.config
+        if config.budget is not None:
+            return config.budget
+        if config.rank is not None:
+            smallest = min((min(item.sides) for item in moved), default=1)
+            if config.rank > smallest:
+                raise ConfigError(
+                    f"OSDConfig.rank={config.rank} exceeds {smallest}, the smaller side of a matrix; use a rank up to it."
+                )
+            return sum(4 * config.rank * sum(item.sides) for item in moved)
+        return max(self.tuned.total_bytes() // DEFAULT_SHARE, 20_000)
+
+    def _others(self, moved: list[TensorStats], measure: Calibration | None) -> tuple[list[TensorStats], str]:
+        """Norms, biases and embeddings to code, and a line that says why."""
+        others = [item for item in self.stats if item.is_other and item.mean_abs and self._is_wanted(item.name)]
+        if not others:
+            return [], "no norm, bias or embedding changed"
+        if self.config.other_tensors == "drop" or not moved:
+            return (
+                ([], "norms, biases and embeddings left out, as asked") if moved else (others, "nothing else changed")
+            )
+        if self.config.other_tensors == "code":
+            return others, "norms, biases and embeddings coded, as asked"
+        groups = {"embeddings": [i for i in others if i.kind in EMBEDDINGS]}
+        groups["norms and biases"] = [i for i in others if i.kind not in EMBEDDINGS]
+        kept, said = [], []
+        for what, group in groups.items():
+            if not group:
+                continue
+            if measure is not None:
+                share = measure.cost_of_leaving_out([item.name for item in group])
+                use, why = share > OTHER_DIVERGENCE, f"without them {100 * share:.2g} % of the divergence remains"
+            else:
+                ratio = _relative_change(group) / max(_relative_change(moved), 1e-30)
+                use, why = (
+                    ratio > OTHER_CHANGE,
+                    f"they moved {ratio:.2g} times as much as the matrices, beside their size",
+                )
+            said.append(f"{what} {'coded' if use else 'left out'}: {why}")
+            kept += group if use else []
+        return kept, "; ".join(said)
+
+    def _forms(self, moved: list[TensorStats], others: list[TensorStats], budget: int) -> list[Form]:
+        """The ways to spend the budget that come into question, the likeliest first."""
+        codec = self.config.codec
+        vectors = [item for item in others if len(item.shape) < 2]
+        tables = [item for item in others if len(item.shape) >= 2]
+        everything = moved + tables
+        quiet = [item for item in everything if self._noise(item, everything, budget) <= self.config.noise_limit]
+        loud = [item for item in everything if item not in quiet]
+        signs = Form("signs", everything, vectors)
+        factors = Form("factors", [], everything + vectors)
+        if codec != "auto":
+            return [signs if codec == "signs" else factors]
+        if not loud:
+            return [signs, factors]
+        if not quiet:
+            return [factors, signs]
+        return [Form("signs and factors", quiet, loud + vectors), signs, factors]
+
+    def _noise(self, item: TensorStats, everything: list[TensorStats], budget: int) -> float:
+        density = min(8 * budget / sum(other.size for other in everything), 1.0)
+        return osd.noise_ratio(item.mean_abs, item.mean_square, density, item.weight_square)
+
+    def _best(self, forms: list, budget: int, choice: str, measure: Calibration) -> list:
+        """The form with the smallest measured divergence; signs also tried larger and smaller."""
+        found = [(measure.divergence(deltas), form, deltas) for form, deltas in forms]
+        best = min(found, key=lambda item: item[0])
+        if best[1].signs:
+            for size in MAGNITUDES:
+                form = replace(best[1], magnitude=size, fitted=dict(best[1].fitted))
+                deltas = self._fill(form, budget, choice)
+                found.append((measure.divergence(deltas), form, deltas))
+        best = min(found, key=lambda item: item[0])
+        for divergence, form, _ in found:
+            _logger.info("%s x %s: divergence %.4f", form.label, form.magnitude, divergence)
+        return [best[1:]]
+
+    def _fill(self, form: Form, budget: int, choice: str) -> dict[str, Delta]:
+        """Deltas whose artifact has at most `budget` bytes, and as many of them as there are uses for."""
+        if self.config.mode == "paper":
+            return self._encode(form, budget)
+        empty = self._artifact({}, form, choice).nbytes()
+        room, best = budget - empty, None
+        for _ in range(6):
+            if room <= 0:
+                break
+            deltas = self._encode(form, room)
+            size = self._artifact(deltas, form, choice).nbytes()
+            if size <= budget:
+                best = deltas
+                if size >= 0.995 * budget:
+                    break
+            room += budget - size - (8 if size > budget else 0)
+        if not best:
+            raise ConfigError(
+                f"OSDConfig.budget={budget} bytes does not hold a single entry: headers and configs take {empty} bytes; "
+                f"use at least {empty + 1000}."
+            )
+        return best
+
+    def _encode(self, form: Form, room: int) -> dict[str, Delta]:
+        """Deltas of about `room` bytes."""
+        sign_size = sum(item.size for item in form.signs)
+        factor_size = sum(item.size for item in form.factors if len(item.shape) >= 2)
+        vector_bytes = sum(6 + item.size // 2 for item in form.factors if len(item.shape) < 2)
+        sign_room = (room - vector_bytes) * sign_size / max(sign_size + factor_size, 1) if sign_size else 0.0
+        plan = self._plan_factors(form.factors, room - int(sign_room))
+        density = min(max(8 * (sign_room - 14 * len(form.signs)), 0) / max(sign_size, 1), 1.0)
+        wanted = {item.name: item for item in form.signs if density} | {
+            item.name: item for item in form.factors if plan.get(item.name)
+        }
+        order = [name for name in self.entries if name in wanted]
+        deltas = {}
+        as_signs = {item.name for item in form.signs}
+        missing = [name for name in order if name in as_signs or (name, repr(plan[name])) not in form.fitted]
+        fresh = {}
+        if missing:
+            for entry, delta in self._bar(iter_deltas(self.base, self.tuned, missing), len(missing), form.label):
+                item = wanted[entry.name]
+                matrix = delta.reshape(item.sides)
+                if entry.name in as_signs:
+                    count = int(density * item.size) // 8 * 8
+                    size = osd.sign_magnitude(item.mean_abs, item.mean_square, max(count, 1) / item.size)
+                    fresh[entry.name] = fit_signs(matrix, count, self._seed(entry.name), size * form.magnitude)
+                else:
+                    form.fitted[entry.name, repr(plan[entry.name])] = self._fit(item, matrix, plan[entry.name])
+        for name in order:
+            terms = fresh[name] if name in as_signs else form.fitted[name, repr(plan[name])]
+            if terms:
+                deltas[name] = Delta(wanted[name].shape, terms)
+        return deltas
+
+    def _seed(self, name: str) -> int:
+        """Of a tensor's places: the position of its name, so that tensors of one shape do not share places."""
+        return (self.config.seed + 7919 * list(self.entries).index(name)) % 2**32
+
+    def _plan_factors(self, items: list[TensorStats], room: int) -> dict[str, Any]:
+        """By tensor: bits of its columns, or bytes if factors are sparse."""
+        if not items or room <= 0:
+            return {}
+        config = self.config
+        ends = {item.name: sum(item.sides) for item in items}
+        if config.codec == "sparse":
+            self._decompose(items, room)
+            whole = sum(ends.values())
+            return {name: room * end // whole for name, end in ends.items()}
+        bits = AUTO_BITS if config.values == "auto" else (VALUE_BITS[config.values],)
+        self._decompose(items, room)
+        gains = {item.name: self.spectra[item.name].sigma.pow(2) for item in items}
+        # Steps of the two sides, and about ten bytes for a term of its own.
+        if config.scope == "global":
+            return osd.allocate(gains, ends, room, bits, column_bytes=6)
+        whole = sum(ends.values())
+        plan: dict[str, Any] = {}
+        for name, end in ends.items():
+            plan |= osd.allocate({name: gains[name]}, {name: end}, room * end // whole, bits, column_bytes=6)
+        return plan
+
+    def _decompose(self, items: list[TensorStats], room: int) -> None:
+        missing = [item.name for item in items if item.name not in self.spectra]
+        if not missing:
+            return
+        config = self.config
+        whole = sum(sum(item.sides) for item in items)
+        narrow = 32 if config.mode == "paper" else VALUE_BITS.get(config.values, 2)
+        columns = int(8 * room / (whole * narrow)) + 1
+        most = min(max(5 * columns, 8), MOST_COLUMNS)
+        if config.relaxation is not None:
+            most = columns + config.relaxation
+        for entry, delta in self._bar(iter_deltas(self.base, self.tuned, missing), len(missing), "decomposing"):
+            matrix = delta.reshape(entry.shape[0], -1)
+            self.spectra[entry.name] = Spectrum(
+                *osd.truncated_svd(
+                    matrix, most, config.svd == "exact", config.power_iterations, seed=self._seed(entry.name)
+                )
+            )
+
+    def _fit(self, item: TensorStats, matrix: Tensor, plan: Any) -> tuple:
+        config, spectrum = self.config, self.spectra[item.name]
+        if config.codec != "sparse":
+            return fit_factors(matrix, spectrum, plan, config.refit_steps)
+        score = config.importance
+        if score == "auto":
+            score = "taylor" if item.name in self.gradients else "magnitude"
+        return fit_sparse(
+            matrix,
+            spectrum,
+            plan,
+            "int4" if config.values == "auto" else config.values,
+            None if config.relaxation is None else [config.relaxation],
+            score,
+            self.gradients.get(item.name),
+            config.selection == "joint",
+            config.refit_steps,
+            flat_index=config.mode == "paper",
+        )
+
+    def _artifact(self, deltas: dict[str, Delta], form: Form, choice: str, **measured: Any) -> OSDArtifact:
+        modules = sorted({name.rpartition(".")[0] for name in deltas})
+        tied = {
+            alias.rpartition(".")[0]: name.rpartition(".")[0]
+            for alias, name in self.base.tied.items()
+            if name in deltas
+        }
+        names = list(deltas) or list(self.entries)[:1]
+        config = replace(
+            self.config,
+            target_modules=modules,
+            tied=tied or None,
+            base_fingerprint=fingerprint((name, self.base.tensor(name)) for name in names),
+            base_model_name_or_path=self.base.source,
+            revision=self.base.revision,
+            inference_mode=True,
+        )
+        return OSDArtifact(deltas, config, form.label, choice, bytes_before=self.tuned.total_bytes(), **measured)
+
+    def _finish(
+        self, deltas: dict[str, Delta], form: Form, measure: Calibration | None, choice: str = ""
+    ) -> OSDArtifact:
+        """The artifact with the error of what it decodes to."""
+        reports = []
+        for entry, delta in self._bar(iter_deltas(self.base, self.tuned), len(self.entries), "checking"):
+            total = float(delta.pow(2).sum(dtype=torch.float64))
+            error = total
+            if entry.name in deltas:
+                error = float((delta - torch.from_numpy(deltas[entry.name].dense())).pow(2).sum(dtype=torch.float64))
+            if total:
+                reports.append(TensorReport(entry.name, entry.kind, total, error))
+        recovery = None if measure is None or not deltas else 1 - measure.divergence(deltas) / measure.base_divergence
+        artifact = self._artifact(deltas, form, choice, reports=tuple(reports), recovery=recovery)
+        _logger.info("%s; %s", form.label, choice)
+        return artifact
+
+
+def _relative_change(items: list[TensorStats]) -> float:
+    """Root mean square of deltas over that of their weights."""
+    size = sum(item.size for item in items)
+    moved = sum(item.mean_square * item.size for item in items) / size
+    weight = sum(item.weight_square * item.size for item in items) / size
+    return (moved / max(weight, 1e-30)) ** 0.5

@@ -1,0 +1,170 @@
+"""From a delta to the terms that stand for it: the choices of `osd.py` made in the numbers a blob can hold.
+
+Every function takes the float32 delta and returns terms whose decoded values are what was fitted, so an error measured
+here is the error of the file.
+
+Shapes: as in `osd.py`; factors of a blob are transposed, columns as rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_ext.merging import osd
+from hf_ext.merging.blob import FLOATS, Factor, LowRankTerm, SignTerm, seeded_places, term_size
+from hf_ext.merging.codes import SPARSEST, VALUE_BITS, quantize
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Leading singular triplets: `(n, k)`, `(k,)`, `(d, k)`."""
+
+    left: Tensor
+    sigma: Tensor
+    right: Tensor
+
+
+def squared_error(delta: Tensor, left: Tensor, right: Tensor) -> float:
+    """`||dW - left right^T||^2` without forming the product: `left` `(n, k)`, `right` `(d, k)`."""
+    cross = ((delta @ right) * left).sum(dtype=torch.float64)
+    own = ((left.T @ left).double() * (right.T @ right).double()).sum()
+    return max(float(delta.pow(2).sum(dtype=torch.float64) - 2 * cross + own), 0.0)
+
+
+def fit_factors(delta: Tensor, spectrum: Spectrum, bits: list[int], rounds: int) -> tuple[LowRankTerm, ...]:
+    """Dense factors, one column for each entry of `bits` (not increasing), one term for each width.
+
+    The right factor is rounded, the left one refitted to the delta beside it and rounded, then the right one beside that,
+    for `rounds` rounds; the pair with the smallest error is kept.
+    """
+    k = len(bits)
+    left, right = osd.split(spectrum.left[:, :k], spectrum.sigma[:k], spectrum.right[:, :k])
+    stored_right, plain_right = _round(right, bits)
+    stored_left, plain_left = _round(left, bits)
+    best, lowest = (stored_left, stored_right), squared_error(delta, plain_left, plain_right)
+    for _ in range(rounds):
+        stored_left, plain_left = _round(osd.refit_left(delta, plain_right, None), bits)
+        error = squared_error(delta, plain_left, plain_right)
+        if error < lowest:
+            best, lowest = (stored_left, stored_right), error
+        stored_right, plain_right = _round(osd.refit_left(delta.T, plain_left, None), bits)
+        error = squared_error(delta, plain_left, plain_right)
+        if error < lowest:
+            best, lowest = (stored_left, stored_right), error
+    return tuple(LowRankTerm(one, other) for one, other in zip(*best))
+
+
+def fit_sparse(
+    delta: Tensor,
+    spectrum: Spectrum,
+    nbytes: int,
+    values: str,
+    relaxations: list[int] | None,
+    score: str,
+    gradient: Tensor | None,
+    joint: bool,
+    refit_steps: int,
+    flat_index: bool = False,
+) -> tuple[LowRankTerm, ...]:
+    """Sparse factors of at most `nbytes`, of the relaxed rank with the smallest error.
+
+    Args:
+        delta (`Tensor`): `(n, d)`.
+        spectrum (`Spectrum`): of the delta, with as many columns as the largest relaxation asks for if it can.
+        nbytes (`int`): bytes of the term; with `flat_index` bytes by the paper's formula.
+        values (`str`): type of the values.
+        relaxations (`list[int]`, *optional*): ranks beyond the budget's to try; None for 0, r/2, r, 2r, 4r.
+        score, gradient, joint: see `osd.importance` and `osd.select`.
+        refit_steps (`int`): rounds of `osd.refit`.
+        flat_index (`bool`): count the paper's 32 bits and flat index for each survivor, not what is written.
+
+    Returns:
+        `tuple[LowRankTerm, ...]`: one term; none where the budget does not hold a single column.
+    """
+    n, d = delta.shape
+    bits = VALUE_BITS[values]
+    rank = nbytes * 8 // ((n + d) * bits) if flat_index else int((nbytes - 24) * 8 / ((n + d) * bits))
+    grid = [0, -(-rank // 2), rank, 2 * rank, 4 * rank] if relaxations is None else relaxations
+    best, lowest = (), float(delta.pow(2).sum())
+    for width in sorted({min(max(rank, 1) + extra, len(spectrum.sigma)) for extra in grid}):
+        if width == 0:
+            continue
+        left, right = osd.split(spectrum.left[:, :width], spectrum.sigma[:width], spectrum.right[:, :width])
+        scores = osd.importance(score, left, right, gradient)
+        full = width * (n + d)
+
+        def build(count: int, left=left, right=right, scores=scores) -> LowRankTerm:
+            mask_left, mask_right = osd.select(*scores, count, joint)
+            one, other = left * mask_left, right * mask_right
+            if refit_steps:
+                one, other = osd.refit(delta, left, right, mask_left, mask_right, refit_steps)
+            return LowRankTerm(_factor(one, bits, mask_left), _factor(other, bits, mask_right))
+
+        if flat_index:
+            if width <= rank:
+                count = full  # c = 0 is dense and needs no index
+            else:
+                count = _most(lambda c, s=scores, w=width: _paper_bytes(s, c, joint, n, d, w) <= nbytes, full)
+        else:
+            count = _most(lambda c, b=build: _size(b, c, refit_steps) <= nbytes, full)
+        if count < max(2, -(-full // SPARSEST)):
+            continue
+        term = build(count)
+        error = squared_error(delta, *(torch.from_numpy(side.decode().T) for side in (term.left, term.right)))
+        if error < lowest:
+            best, lowest = (term,), error
+    return best
+
+
+def fit_signs(delta: Tensor, count: int, seed: int, magnitude: float) -> tuple[SignTerm, ...]:
+    """Signs of the delta at `count` seeded places."""
+    if count == 0:
+        return ()
+    places = torch.from_numpy(seeded_places(seed, count, delta.numel()))
+    return (SignTerm(seed, float(np.float32(magnitude)), (delta.reshape(-1)[places] < 0).numpy()),)
+
+
+def _size(build, count: int, refit_steps: int) -> int:
+    """Bytes of the term with `count` survivors; the mask and so the size do not depend on the refit."""
+    return term_size(build(count))
+
+
+def _paper_bytes(scores: tuple[Tensor, Tensor], count: int, joint: bool, n: int, d: int, width: int) -> float:
+    masks = osd.select(*scores, count, joint)
+    return osd.paper_bits(n, d, width, int(masks[0].sum()), int(masks[1].sum())) / 8
+
+
+def _most(fits, top: int) -> int:
+    """The largest count up to `top` for which `fits` holds, 0 if none."""
+    low, high = 0, top
+    while low < high:
+        middle = (low + high + 1) // 2
+        if fits(middle):
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _factor(dense: Tensor, bits: int, mask: Tensor | None = None) -> Factor:
+    columns = dense.T.contiguous().numpy()
+    kept = None if mask is None or bool(mask.all()) else mask.T.contiguous().numpy()
+    if bits in FLOATS:
+        return Factor.of_floats(columns, bits, kept)
+    codes, steps = quantize(columns, bits, kept)
+    return Factor(bits, codes if kept is None else np.where(kept, codes, np.uint8(0)), steps, kept)
+
+
+def _round(dense: Tensor, bits: list[int]) -> tuple[list[Factor], Tensor]:
+    """`(n, k)` in the numbers of a blob, a factor for each width, and what they decode to, `(n, k)`."""
+    factors, at = [], 0
+    for width, group in groupby(bits):
+        size = len(list(group))
+        factors.append(_factor(dense[:, at : at + size], width))
+        at += size
+    return factors, torch.from_numpy(np.concatenate([factor.decode() for factor in factors]).T)

@@ -1,0 +1,250 @@
+"""OSD: the difference between a fine-tuned and a base weight as sparse low-rank factors, or as seeded signs.
+
+Paper: https://arxiv.org/abs/2511.02681. A delta `dW = W_tuned - W_base` is truncated at a rank above what the budget
+allows densely (`k = r + c`), and the budget goes to the entries of both factors that matter most, ranked by a score in
+which the value of an entry of one factor depends on the other factor:
+
+    dW ~ U_k S_k V_k^T,  Ut = U_k S_k^(1/2),  Vt = V_k S_k^(1/2)          rank relaxation
+    keep the s entries of (Ut, Vt) with the largest score                   coordinated sparsification
+    bits = 32 (s_u + s_v) + ceil(log2(n k)) s_u + ceil(log2(d k)) s_v       the paper's memory
+
+This file is the mathematics, on torch tensors alone: decomposition, scores, selection, refit, allocation of bits.
+`codes.py` and `blob.py` turn the result into bytes, `compress.py` walks over checkpoints, `adapters.py` is the PEFT glue.
+
+Differs from the paper: the paper's score was not available to us; the five here are readings of it, `taylor` and
+`fisher` being the ones that follow the chain rule dL/dUt = G Vt, dL/dVt = G^T Ut. Three additions, absent from
+`mode="paper"`: factors are refitted on their masks; values have 1 to 8 bits, and how many a column gets is decided over
+all layers by energy per bit; and where a fine-tune moved weights so little that noise does not matter (`noise_ratio`),
+signs at seeded places replace factors, see `sign_magnitude`.
+
+Shapes: dW `(n, d)`; k columns; left factors `(n, k)`, right factors `(d, k)`; G, F `(n, d)`.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+
+import torch
+from torch import Tensor
+
+
+IMPORTANCE = ("magnitude", "energy", "taylor1", "taylor", "fisher")
+# Share of a normal column's energy that a quantiser of so many bits loses.
+DISTORTION = {1: 0.363, 2: 0.1188, 3: 0.0375, 4: 0.0115, 8: 7.4e-5, 16: 3e-6, 32: 0.0}
+_EXACT_SIDE = 2048
+
+
+def truncated_svd(
+    delta: Tensor, rank: int, exact: bool = False, power_iterations: int = 4, oversampling: int = 8, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Leading singular triplets, randomised (Halko et al.) or exact.
+
+    Args:
+        delta (`Tensor`): `(n, d)` float32.
+        rank (`int`): how many; cut to `min(n, d)`.
+        exact (`bool`): the eigenvectors of the smaller Gram matrix, in float64 where its side is at most 2,048.
+        power_iterations, oversampling (`int`): of the randomised form. Two iterations lose up to 17 % of the last
+            singular value, four about 2 %.
+        seed (`int`): of the random start.
+
+    Returns:
+        `tuple[Tensor, Tensor, Tensor]`: `(n, k)`, `(k,)` decreasing, `(d, k)`; signs are fixed so that the largest entry
+        of each left vector is positive.
+    """
+    n, d = delta.shape
+    rank = min(rank, n, d)
+    if exact or rank + oversampling >= min(n, d):
+        wide = delta if min(n, d) > _EXACT_SIDE else delta.double()
+        gram = wide @ wide.T if n <= d else wide.T @ wide
+        side = torch.linalg.eigh(gram)[1].flip(1)[:, :rank]
+        other = (wide.T if n <= d else wide) @ side
+        sigma = other.norm(dim=0)
+        other = other / sigma.clamp_min(torch.finfo(sigma.dtype).tiny)
+        left, right = (side, other) if n <= d else (other, side)
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        start = torch.randn(d, rank + oversampling, generator=generator).to(delta)
+        basis = torch.linalg.qr(delta @ start)[0]
+        for _ in range(power_iterations):
+            basis = torch.linalg.qr(delta @ torch.linalg.qr(delta.T @ basis)[0])[0]
+        inner, sigma, right_t = torch.linalg.svd(basis.T @ delta, full_matrices=False)
+        left, sigma, right = (basis @ inner)[:, :rank], sigma[:rank], right_t[:rank].T
+    sign = left.gather(0, left.abs().argmax(0, keepdim=True)).sign()
+    sign[sign == 0] = 1
+    return (left * sign).to(delta.dtype), sigma.to(delta.dtype), (right * sign).to(delta.dtype)
+
+
+def split(left: Tensor, sigma: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Singular values shared evenly, so that one threshold serves both factors: `(n, k)`, `(d, k)`."""
+    root = sigma.sqrt()
+    return left * root, right * root
+
+
+def importance(score: str, left: Tensor, right: Tensor, gradient: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """How much each entry of both factors matters.
+
+    Args:
+        score (`str`): one of `IMPORTANCE`.
+        left, right (`Tensor`): `(n, k)`, `(d, k)`.
+        gradient (`Tensor`, *optional*): `(n, d)`. For `taylor1` the mean gradient of the loss in W, for `taylor` and
+            `fisher` the mean of its squares over calibration examples.
+
+    Returns:
+        `tuple[Tensor, Tensor]`: `(n, k)` and `(d, k)`, not negative. All but `magnitude` are unchanged when a column of
+        one factor is multiplied by a positive number and that of the other divided by it.
+    """
+    if score == "magnitude":
+        return left.abs(), right.abs()
+    if score == "energy":
+        return left.abs() * right.norm(dim=0), right.abs() * left.norm(dim=0)
+    if gradient is None:
+        raise ValueError(f"importance={score!r} needs the gradient of a loss; use magnitude or energy without data.")
+    if score == "taylor1":
+        return (left * (gradient @ right)).abs(), (right * (gradient.T @ left)).abs()
+    if score == "taylor":
+        size = gradient.sqrt()
+        return left.abs() * (size @ right.abs()), right.abs() * (size.T @ left.abs())
+    if score == "fisher":
+        return left**2 * (gradient @ right**2), right**2 * (gradient.T @ left**2)
+    raise ValueError(f"importance={score!r} is unknown; use one of {', '.join(IMPORTANCE)}.")
+
+
+def select(left: Tensor, right: Tensor, count: int, joint: bool = True) -> tuple[Tensor, Tensor]:
+    """Masks of the `count` most important entries.
+
+    Args:
+        left, right (`Tensor`): scores `(n, k)`, `(d, k)`.
+        count (`int`): how many entries survive in both together.
+        joint (`bool`): one ranking over both factors; else each factor gets its share `n : d` and a ranking of its own.
+
+    Returns:
+        `tuple[Tensor, Tensor]`: bool, `(n, k)` and `(d, k)`. Among equals the left factor comes first, then the lower
+        place, columns being laid one after the other.
+    """
+
+    def top(scores: Tensor, amount: int) -> Tensor:
+        mask = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
+        mask[torch.argsort(scores, descending=True, stable=True)[:amount]] = True
+        return mask
+
+    flat_left, flat_right = left.T.reshape(-1), right.T.reshape(-1)
+    count = min(count, len(flat_left) + len(flat_right))
+    if joint:
+        mask = top(torch.cat([flat_left, flat_right]), count)
+        mask_left, mask_right = mask[: len(flat_left)], mask[len(flat_left) :]
+    else:
+        share = round(count * len(left) / (len(left) + len(right)))
+        mask_left, mask_right = top(flat_left, share), top(flat_right, count - share)
+    return mask_left.view_as(left.T).T, mask_right.view_as(right.T).T
+
+
+def paper_bits(n: int, d: int, rank: int, kept_left: int, kept_right: int) -> int:
+    """The paper's memory of sparse factors of width `rank`, in bits: a float32 and a flat index for each survivor."""
+    index_left, index_right = math.ceil(math.log2(n * rank)), math.ceil(math.log2(d * rank))
+    return 32 * (kept_left + kept_right) + index_left * kept_left + index_right * kept_right
+
+
+def refit_left(delta: Tensor, right: Tensor, mask: Tensor | None, ridge: float = 1e-6) -> Tensor:
+    """The left factor that fits `delta` best beside a given right one, zero outside its mask.
+
+    Args:
+        delta (`Tensor`): `(n, d)`.
+        right (`Tensor`): `(d, k)`.
+        mask (`Tensor`, *optional*): `(n, k)` bool.
+        ridge (`float`): added to the diagonal, times its mean; keeps empty and dependent columns harmless.
+
+    Returns:
+        `Tensor`: `(n, k)`; row i solves `(V_S^T V_S + lam I) u = V_S^T dW_i` on its own survivors S.
+    """
+    gram, target = (right.T @ right).double(), (delta @ right).double()
+    lam = ridge * gram.diagonal().mean().clamp_min(1e-30)
+    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    if mask is None:
+        return torch.linalg.solve(gram + lam * eye, target.T).T.to(delta.dtype)
+    wide = mask.double()
+    # Outside the mask the matrix is the identity and the target zero: one batched solve for rows of any support.
+    systems = gram * wide[:, :, None] * wide[:, None, :] + torch.diag_embed(lam * wide + (1 - wide))
+    return torch.linalg.solve(systems, (target * wide)[:, :, None])[:, :, 0].to(delta.dtype)
+
+
+def refit(delta: Tensor, left: Tensor, right: Tensor, mask_left: Tensor, mask_right: Tensor, steps: int) -> tuple:
+    """Alternating least squares on fixed masks; the Frobenius error does not grow from step to step.
+
+    Returns:
+        `tuple[Tensor, Tensor]`: `(n, k)`, `(d, k)`, balanced column by column so that one threshold and one quantiser
+        suit both.
+    """
+    left, right = left * mask_left, right * mask_right
+    for _ in range(steps):
+        left = refit_left(delta, right, mask_left)
+        right = refit_left(delta.T, left, mask_right)
+    balance = (right.norm(dim=0) / left.norm(dim=0).clamp_min(1e-30)).sqrt()
+    balance[balance == 0] = 1
+    return left * balance, right / balance
+
+
+def sign_magnitude(mean_abs: float, mean_square: float, density: float) -> float:
+    """Magnitude of signs kept at a random share `density` of all places.
+
+    With `E[d^2] / E|d| / density` the sum over the kept places has, on average, the same inner product with the delta as
+    the delta itself: nothing of its effect is lost to first order, all the rest is noise. (The mean of `|d|` alone, as
+    one-bit codes usually take it, keeps only the part `E|d|^2 / E[d^2]` of it.)
+    """
+    return mean_square / mean_abs / density
+
+
+def noise_ratio(mean_abs: float, mean_square: float, density: float, weight_square: float) -> float:
+    """Size of the noise of `sign_magnitude` beside the base weight: root mean square over root mean square.
+
+    Small, and the noise drowns in what the layer does anyway; large, and it destroys the layer.
+    """
+    return sign_magnitude(mean_abs, mean_square, density) * math.sqrt(density / max(weight_square, 1e-30))
+
+
+def allocate(
+    gains: dict[str, Tensor], sides: dict[str, int], budget: int, bits: tuple[int, ...], column_bytes: int = 4
+) -> dict[str, list[int]]:
+    """Bits for the columns of all factor pairs under one budget of bytes.
+
+    The next bits always go where they save most energy a byte: to a new column, or to one that has fewer than the most.
+    A column that holds a share `1 - D_b` of its energy in each factor saves `gain * (1 - D_b)^2`.
+
+    Args:
+        gains (`dict[str, Tensor]`): by matrix, `(k,)` what each column is worth, decreasing; its squared singular value.
+        sides (`dict[str, int]`): by matrix, `n + d`.
+        budget (`int`): bytes of values and steps together.
+        bits (`tuple[int, ...]`): choices, increasing.
+        column_bytes (`int`): of the two steps of a column.
+
+    Returns:
+        `dict[str, list[int]]`: by matrix, bits of its leading columns, not increasing; matrices without any are absent.
+    """
+    ladder = (0, *bits)
+
+    def step(name: str, column: int, level: int) -> tuple[float, str, int, int, float]:
+        before = (1 - DISTORTION[ladder[level - 1]]) ** 2 if level > 1 else 0.0
+        cost = (ladder[level] - ladder[level - 1]) * sides[name] / 8 + (column_bytes if level == 1 else 0)
+        worth = float(gains[name][column]) * ((1 - DISTORTION[ladder[level]]) ** 2 - before)
+        return -worth / cost, name, column, level, cost
+
+    queue = [step(name, 0, 1) for name in gains if len(gains[name])]
+    heapq.heapify(queue)
+    chosen: dict[str, list[int]] = {}
+    left = float(budget)
+    while queue:
+        _, name, column, level, cost = heapq.heappop(queue)
+        if cost > left:
+            continue  # a cheaper step of another matrix may still fit
+        left -= cost
+        columns = chosen.setdefault(name, [])
+        if level == 1:
+            columns.append(ladder[1])
+            if column + 1 < len(gains[name]):
+                heapq.heappush(queue, step(name, column + 1, 1))
+        else:
+            columns[column] = ladder[level]
+        # The one before must have as many bits, so that columns of one width lie side by side.
+        if level < len(bits):
+            heapq.heappush(queue, step(name, column, level + 1))
+    return {name: sorted(columns, reverse=True) for name, columns in chosen.items()}

@@ -3,9 +3,13 @@
     python benchmarks/small_finetunes.py [--seeds 0 1 2]
 
 A Llama of 1.1 million parameters is trained on four topics of the BBC news (business, entertainment, politics, tech) and
-then, all parameters at once, on the fifth (sports). Both models are kept in the user's cache folder under `base` and
-`tuned`, so that a second call finds them. A seed chooses the initial weights and the order of training; the tokenizer
-and the held-out sports articles are the same for all seeds, and no model or tokenizer is trained on those articles.
+then on the fifth (sports). Both models are kept in the user's cache folder under `base` and `tuned`, so that a second
+call finds them. A seed chooses the initial weights and the order of training; the tokenizer (trained on the four topics)
+and the held-out sports articles are the same for all seeds, and nothing is trained on those articles.
+
+The fine-tune updates all weights of the blocks and all norms and leaves the tied embedding alone. Codecs of block
+matrices drop the embedding's change, and after two minutes of training from scratch that change is most of the gain:
+seed 0, tuned in full, kept 0.47 of it without its embedding, against 0.96 here (0.999 on the real SmolLM2).
 
 Losses are nats per token, over sequences of `LENGTH` tokens cut from articles that follow each other.
 """
@@ -41,9 +45,9 @@ TUNED_TOPIC = "sports"
 SPLITS = ("train", "calibration", "held_out")
 VOCABULARY, LENGTH, END = 2048, 128, "<|end|>"
 HELD_OUT, CALIBRATION = 48, 16  # articles, sequences
-BASE_STEPS, BASE_BATCH, BASE_RATE = 200, 16, 4e-3
-TUNED_STEPS, TUNED_BATCH, TUNED_RATE = 250, 8, 1e-3
-_VERSION = "v1"  # part of the folder's name: raise it when training changes
+BASE_STEPS, BASE_BATCH, BASE_RATE = 1000, 4, 3e-3
+TUNED_STEPS, TUNED_BATCH, TUNED_RATE = 250, 8, 5e-4
+_VERSION = "v2"  # part of the folder's name: raise it when training changes
 
 
 @lru_cache(maxsize=1)
@@ -59,7 +63,7 @@ def articles() -> dict[str, list[str]]:
 
 @lru_cache(maxsize=1)
 def tokenizer() -> Tokenizer:
-    """A byte-level BPE of `VOCABULARY` tokens, trained on the texts that models are trained on."""
+    """A byte-level BPE of `VOCABULARY` tokens, trained on the four topics of the base model."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -116,14 +120,15 @@ def loss(model, batches: list[Tensor]) -> float:
 
 def _train(model, data: list[Tensor], steps: int, rate: float, name: str) -> None:
     """AdamW with a warm-up and a cosine, as many passes over `data` as the steps need."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01, betas=(0.9, 0.95))
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01, betas=(0.9, 0.95))
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)
     model.train()
     progress = tqdm(range(steps), desc=name, mininterval=5)
     for step in progress:
         value = _token_loss(model, data[step % len(data)])
         value.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -169,6 +174,7 @@ def _make_into(folder: Path, seed: int) -> None:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer(), eos_token=END, bos_token=END, pad_token=END)
     _train(model, _shuffled("base", seed, BASE_BATCH), BASE_STEPS, BASE_RATE, f"base {seed}")
     model.save_pretrained(folder / "base")
+    model.get_input_embeddings().weight.requires_grad_(False)
     _train(model, batches(seed, "train"), TUNED_STEPS, TUNED_RATE, f"tuned {seed}")
     model.save_pretrained(folder / "tuned")
     for name in ("base", "tuned"):

@@ -13,20 +13,32 @@ if (_checkout / "pyproject.toml").is_file() and (_checkout / "cache_impls").is_d
     __path__.append(str(_checkout))
 
 _EXPORTS = {
+    "AdapterStateError": "hf_ext.errors",
+    "ArtifactError": "hf_ext.errors",
+    "BlobError": "hf_ext.errors",
     "CacheStateError": "hf_ext.errors",
     "ConfigError": "hf_ext.errors",
+    "DeltaError": "hf_ext.errors",
     "HfExtError": "hf_ext.errors",
+    "HubError": "hf_ext.errors",
     "HybridKVCache": "hf_ext.cache_impls.hybridkv",
     "HybridKVConfig": "hf_ext.cache_impls.hybridkv",
     "MissingPackageError": "hf_ext.errors",
+    "OSDArtifact": "hf_ext.merging.osd_artifact",
+    "OSDConfig": "hf_ext.merging.osd_config",
     "OjaKVCache": "hf_ext.cache_impls.ojakv",
     "OjaKVConfig": "hf_ext.cache_impls.ojakv",
     "PackedCache": "hf_ext.cache_impls.packed",
     "SentenceKVCache": "hf_ext.cache_impls.sentencekv",
     "SentenceKVConfig": "hf_ext.cache_impls.sentencekv",
     "UnsupportedModelError": "hf_ext.errors",
+    "compress_delta": "hf_ext.merging.compress",
+    "load_adapter": "hf_ext.merging.adapters",
+    "pull_artifact": "hf_ext.hub_tools.push",
+    "push_artifact": "hf_ext.hub_tools.push",
     "register": "hf_ext.registration",
     "registered": "hf_ext.registration",
+    "restore": "hf_ext.merging.osd_artifact",
     "sentence_boundary_ids": "hf_ext.cache_impls.sentences",
     "unregister": "hf_ext.registration",
 }
@@ -41,11 +53,23 @@ if TYPE_CHECKING:
     from hf_ext.cache_impls.sentencekv import SentenceKVCache as SentenceKVCache
     from hf_ext.cache_impls.sentencekv import SentenceKVConfig as SentenceKVConfig
     from hf_ext.cache_impls.sentences import sentence_boundary_ids as sentence_boundary_ids
+    from hf_ext.errors import AdapterStateError as AdapterStateError
+    from hf_ext.errors import ArtifactError as ArtifactError
+    from hf_ext.errors import BlobError as BlobError
     from hf_ext.errors import CacheStateError as CacheStateError
     from hf_ext.errors import ConfigError as ConfigError
+    from hf_ext.errors import DeltaError as DeltaError
     from hf_ext.errors import HfExtError as HfExtError
+    from hf_ext.errors import HubError as HubError
     from hf_ext.errors import MissingPackageError as MissingPackageError
     from hf_ext.errors import UnsupportedModelError as UnsupportedModelError
+    from hf_ext.hub_tools.push import pull_artifact as pull_artifact
+    from hf_ext.hub_tools.push import push_artifact as push_artifact
+    from hf_ext.merging.adapters import load_adapter as load_adapter
+    from hf_ext.merging.compress import compress_delta as compress_delta
+    from hf_ext.merging.osd_artifact import OSDArtifact as OSDArtifact
+    from hf_ext.merging.osd_artifact import restore as restore
+    from hf_ext.merging.osd_config import OSDConfig as OSDConfig
     from hf_ext.registration import register as register
     from hf_ext.registration import registered as registered
     from hf_ext.registration import unregister as unregister

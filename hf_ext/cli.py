@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     from hf_ext import __version__
+    from hf_ext.cli_delta import add_commands
 
     parser = argparse.ArgumentParser(
         prog="hf-ext", description="Research methods as plugins for the Hugging Face libraries."
@@ -57,15 +58,16 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser(
         "demo",
-        help="a real language model with our caches next to the dense one",
+        help="a real language model with our caches next to the dense one, and a fine-tune in 250 kB",
         description="Answer from a long context with the dense cache, a compressed one and two that retrieve; print "
-        "memory, speed, answer quality and what was retrieved, and write a report with pictures.",
+        "memory, speed, answer quality and what was retrieved, and write a report with pictures. Then fine-tune for a few "
+        "steps, compress what that changed, reload it and let base, fine-tune and compressed fine-tune answer.",
     )
     source = command.add_mutually_exclusive_group()
     source.add_argument("--model", metavar="MODEL", help="local folder or hub id (default: the packaged SmolLM2)")
     source.add_argument("--hub", action="store_true", help=f"take {HUB_MODEL} from the Hub")
     command.add_argument("--out", default="demo", metavar="DIR", help="folder of the report (default: ./demo)")
-    command.add_argument("--quick", action="store_true", help="short contexts only")
+    command.add_argument("--quick", action="store_true", help="shorter contexts, fewer steps")
     command.set_defaults(handler=_demo)
 
     command = commands.add_parser("bench", help="quick comparison against peers, one method or all")
@@ -75,6 +77,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", metavar="FILE", help="also write the rows to FILE")
     command.add_argument("--seeds", type=int, default=3, metavar="N", help="repetitions (default: %(default)s)")
     command.set_defaults(handler=_bench)
+
+    add_commands(commands)
 
     command = commands.add_parser("env", help="versions and hook-point check, for bug reports")
     command.set_defaults(handler=_env)
@@ -92,7 +96,7 @@ def _list(arguments: argparse.Namespace) -> int:
     for card in METHODS.values():
         style = None if card.status == "available" else "dim"
         table.add_row(card.id, card.status, card.area, card.arxiv or "-", card.title, card.plugs_into, style=style)
-    _console().print(table, markup=False)
+    make_console().print(table, markup=False)
     published = [card for card in METHODS.values() if card.arxiv]
     built = sum(card.status == "available" for card in published)
     own = ", ".join(f"`{card.id}`" for card in METHODS.values() if not card.arxiv)
@@ -110,10 +114,10 @@ def _bench(arguments: argparse.Namespace) -> int:
     from hf_ext.benches import available, not_finite, run_bench
     from hf_ext.table import to_rich, write_rows
 
-    console = _console()
+    console = make_console()
     rows, failed = [], False
     for method in [arguments.method] if arguments.method else available():
-        with _console(stderr=True).status(f"{method}: measuring"):
+        with make_console(stderr=True).status(f"{method}: measuring"):
             found = run_bench(method, arguments.seeds)
         rows += found
         console.print(to_rich(found, title=method))
@@ -136,7 +140,7 @@ def _env(arguments: argparse.Namespace) -> int:
     from hf_ext import __version__
     from hf_ext.registration import check_hook_points
 
-    console = _console()
+    console = make_console()
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_row("python", platform.python_version())
     table.add_row("platform", platform.platform())
@@ -168,7 +172,8 @@ def _version(distribution: str) -> str:
         return "not installed"
 
 
-def _console(stderr: bool = False) -> "Console":
+def make_console(stderr: bool = False) -> "Console":
+    """A rich console; wide where its output is not a terminal."""
     from rich.console import Console
 
     console = Console(stderr=stderr, highlight=False)

@@ -13,6 +13,10 @@ class CacheStateError(HfExtError, RuntimeError):
     """A cache was asked for something it no longer holds, or was used for another batch than it was filled with."""
 
 
+class AdapterStateError(HfExtError, RuntimeError):
+    """An adapter was used in a state it has no answer for: put into a model but not loaded, or merged."""
+
+
 class UnsupportedModelError(HfExtError, ValueError):
     """The model has a structure the method cannot serve."""
 

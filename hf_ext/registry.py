@@ -111,7 +111,16 @@ METHODS = build_table(
     MethodCard("sgc", "Sparse gradient compression of optimizer state", "2502.00311", "trainers", "Trainer optimizer"),
     MethodCard("ofmu", "Bi-level, penalty-based unlearning", "2509.22483", "trainers", "Trainer.compute_loss"),
     MethodCard("influence", "Influence functions on masked gradients", "2509.15651", "trainers", "a trained Trainer"),
-    MethodCard("osd", "Sparse low-rank deltas of checkpoints", "2511.02681", "merging", "two checkpoints, PEFT"),
+    MethodCard(
+        "osd",
+        "Sparse low-rank deltas of checkpoints",
+        "2511.02681",
+        "merging",
+        "two checkpoints, PEFT",
+        config="hf_ext.merging.osd_config:OSDConfig",
+        entry="hf_ext.merging.osd_artifact:OSDArtifact",
+        bench="hf_ext.benches.osd",
+    ),
     MethodCard("rmm", "Reversible merging of low-rank weights", "2510.14163", "merging", "several adapters, PEFT"),
     MethodCard("tccm", "Contraction matching for tabular anomalies", "2510.18328", "pipelines", "datasets.Dataset"),
     MethodCard(

@@ -25,7 +25,7 @@ from hf_ext.errors import BlobError
 VALUE_BITS = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4, "int3": 3, "int2": 2, "int1": 1}
 ALL, BITMASK = 0, 1  # mask tags; a tag t >= 2 is a code of gaps of t - 1 bits
 LARGEST_GAP = 9
-# A mask keeps at least one place in so many: what a blob decodes to stays in proportion to its length.
+# A mask in gaps keeps at least one place in so many: what a blob decodes to stays in proportion to its length.
 SPARSEST = 256
 # Step of the grid, in standard deviations, that loses least of a normal column; the search goes around it.
 _STEPS = {1: 1.596, 2: 0.9957, 3: 0.586, 4: 0.3352, 8: 0.0308}
@@ -92,11 +92,13 @@ def unpack(data: memoryview, count: int, bits: int) -> np.ndarray:
 
 
 def encode_mask(mask: np.ndarray) -> bytes:
-    """One tag byte and the shortest of the codes, for a `(N,)` bool mask that keeps one place in `SPARSEST` or more."""
+    """One tag byte and the shortest of the codes that `decode_mask` accepts, for a `(N,)` bool mask."""
     if mask.all():
         return bytes([ALL])
     best = bytes([BITMASK]) + np.packbits(mask, bitorder="little").tobytes()
     places = np.flatnonzero(mask)
+    if len(places) * SPARSEST < len(mask):
+        return best  # gaps would be refused: what they decode to is out of proportion
     gaps = np.diff(places, prepend=-1) - 1
     for bits in range(1, LARGEST_GAP + 1):
         escape = 2**bits - 1

@@ -181,9 +181,12 @@ class _Compression:
             return sum(4 * config.rank * sum(item.sides) for item in moved)
         return max(self.tuned.total_bytes() // DEFAULT_SHARE, 20_000)
 
+    def _changed_others(self) -> list[TensorStats]:
+        return [item for item in self.stats if item.is_other and item.mean_abs and self._is_wanted(item.name)]
+
     def _others(self, moved: list[TensorStats], measure: Calibration | None) -> tuple[list[TensorStats], str]:
         """Norms, biases and embeddings to code, and a line that says why."""
-        others = [item for item in self.stats if item.is_other and item.mean_abs and self._is_wanted(item.name)]
+        others = self._changed_others()
         if not others:
             return [], "no norm, bias or embedding changed"
         if self.config.other_tensors == "drop" or not moved:
@@ -217,17 +220,20 @@ class _Compression:
         vectors = [item for item in others if len(item.shape) < 2]
         tables = [item for item in others if len(item.shape) >= 2]
         everything = moved + tables
+        # Beside factors, what the others are worth a byte decides; nothing has to be left out beforehand.
+        rest = [item for item in self._changed_others() if self.config.other_tensors != "drop"]
         quiet = [item for item in everything if self._noise(item, everything, budget) <= self.config.noise_limit]
         loud = [item for item in everything if item not in quiet]
         signs = Form("signs", everything, vectors)
-        factors = Form("factors", [], everything + vectors)
+        factors = Form("factors", [], moved + rest)
         if codec != "auto":
             return [signs if codec == "signs" else factors]
         if not loud:
             return [signs, factors]
         if not quiet:
             return [factors, signs]
-        return [Form("signs and factors", quiet, loud + vectors), signs, factors]
+        mixed = Form("signs and factors", quiet, [item for item in loud + rest if item not in quiet])
+        return [mixed, signs, factors]
 
     def _noise(self, item: TensorStats, everything: list[TensorStats], budget: int) -> float:
         density = min(8 * budget / sum(other.size for other in everything), 1.0)
@@ -251,13 +257,16 @@ class _Compression:
         """Deltas whose artifact has at most `budget` bytes, and as many of them as there are uses for."""
         if self.config.mode == "paper":
             return self._encode(form, budget)
-        empty = self._artifact({}, form, choice).nbytes()
+        # Numbers of the final report take their place already.
+        filler = tuple(TensorReport(item.name, item.kind, 1.0, 0.5) for item in self.stats if item.mean_abs)
+        known = {"reports": filler, "recovery": 0.9999}
+        empty = self._artifact({}, form, choice, **known).nbytes()
         room, best = budget - empty, None
         for _ in range(6):
             if room <= 0:
                 break
             deltas = self._encode(form, room)
-            size = self._artifact(deltas, form, choice).nbytes()
+            size = self._artifact(deltas, form, choice, **known).nbytes()
             if size <= budget:
                 best = deltas
                 if size >= 0.995 * budget:
@@ -318,7 +327,9 @@ class _Compression:
             return {name: room * end // whole for name, end in ends.items()}
         bits = AUTO_BITS if config.values == "auto" else (VALUE_BITS[config.values],)
         self._decompose(items, room)
-        gains = {item.name: self.spectra[item.name].sigma.pow(2) for item in items}
+        import os
+        mode = os.environ.get("GAIN", "raw")
+        gains = {item.name: self.spectra[item.name].sigma.pow(2) / (item.weight_square if mode == "rel" else item.weight_square**.5 if mode == "half" else 1) for item in items}
         # Steps of the two sides, and about ten bytes for a term of its own.
         if config.scope == "global":
             return osd.allocate(gains, ends, room, bits, column_bytes=6)
@@ -375,6 +386,9 @@ class _Compression:
             if name in deltas
         }
         names = list(deltas) or list(self.entries)[:1]
+        if not form.signs and self.config.other_tensors == "auto" and (others := self._changed_others()):
+            coded = sum(item.name in deltas for item in others)
+            choice = f"{coded} of {len(others)} norms, biases and embeddings coded: by energy a byte, beside the matrices"
         config = replace(
             self.config,
             target_modules=modules,

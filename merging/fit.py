@@ -98,11 +98,11 @@ def fit_sparse(
         scores = osd.importance(score, left, right, gradient)
         full = width * (n + d)
 
-        def build(count: int, left=left, right=right, scores=scores) -> LowRankTerm:
+        def build(count: int, rounds: int, left=left, right=right, scores=scores) -> LowRankTerm:
             mask_left, mask_right = osd.select(*scores, count, joint)
             one, other = left * mask_left, right * mask_right
-            if refit_steps:
-                one, other = osd.refit(delta, left, right, mask_left, mask_right, refit_steps)
+            if rounds:
+                one, other = osd.refit(delta, left, right, mask_left, mask_right, rounds)
             return LowRankTerm(_factor(one, bits, mask_left), _factor(other, bits, mask_right))
 
         if flat_index:
@@ -111,10 +111,11 @@ def fit_sparse(
             else:
                 count = _most(lambda c, s=scores, w=width: _paper_bytes(s, c, joint, n, d, w) <= nbytes, full)
         else:
-            count = _most(lambda c, b=build: _size(b, c, refit_steps) <= nbytes, full)
+            # Places decide the size, values do not: no need to refit for each count that is tried.
+            count = _most(lambda c, b=build: term_size(b(c, 0)) <= nbytes, full)
         if count < max(2, -(-full // SPARSEST)):
             continue
-        term = build(count)
+        term = build(count, refit_steps)
         error = squared_error(delta, *(torch.from_numpy(side.decode().T) for side in (term.left, term.right)))
         if error < lowest:
             best, lowest = (term,), error
@@ -127,11 +128,6 @@ def fit_signs(delta: Tensor, count: int, seed: int, magnitude: float) -> tuple[S
         return ()
     places = torch.from_numpy(seeded_places(seed, count, delta.numel()))
     return (SignTerm(seed, float(np.float32(magnitude)), (delta.reshape(-1)[places] < 0).numpy()),)
-
-
-def _size(build, count: int, refit_steps: int) -> int:
-    """Bytes of the term with `count` survivors; the mask and so the size do not depend on the refit."""
-    return term_size(build(count))
 
 
 def _paper_bytes(scores: tuple[Tensor, Tensor], count: int, joint: bool, n: int, d: int, width: int) -> float:

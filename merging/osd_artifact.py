@@ -1,8 +1,10 @@
-"""`OSDArtifact`: a compressed fine-tune as an object and as a folder that PEFT opens.
+"""`OSDArtifact`: a compressed fine-tune (OSD, arXiv 2511.02681) as an object and as a folder that PEFT opens.
 
 The folder: `adapter_config.json` (`peft_type` OSD, base, digests of its weights), `adapter_model.safetensors` (one uint8
 tensor, the blob of all deltas, and the error of each), `artifact.json` (what `hub_tools` reads), and, if asked for,
 `lora/`, a plain LoRA that opens without this package. Every file is written under another name first.
+
+Differs from the paper: in nothing here; it has no file format. The mathematics and its differences are in `osd.py`.
 """
 
 from __future__ import annotations
@@ -160,9 +162,12 @@ class OSDArtifact:
             for name, error in zip(deltas, errors)
         )
         numbers = {row.what: row.value for row in manifest.measured} if manifest else {}
+        said = {key: str(manifest.config.get(key, "")) if manifest else "" for key in ("form", "other tensors")}
         return cls(
             deltas,
             config,
+            form=said["form"],
+            choice=said["other tensors"],
             bytes_before=int(numbers.get("bytes before", 0)),
             reports=reports,
             recovery=numbers.get("recovery of predictions, calibration data"),
@@ -305,10 +310,13 @@ def restore(
         `Path`: the folder.
 
     Raises:
-        `DeltaError`: the base is another one, or has no safetensors. `ArtifactError`: the folder is not empty.
+        `DeltaError`: the base is another one, or has no safetensors. `ArtifactError`: the folder is not empty, or
+            no base is known.
     """
     artifact = source if isinstance(source, OSDArtifact) else OSDArtifact.from_pretrained(source)
     name = os.fspath(base or artifact.config.base_model_name_or_path or "")
+    if not name:
+        raise ArtifactError("the artifact names no base model; give the folder or Hub id of it as base.")
     target = Path(save_directory)
     if target.exists() and any(target.iterdir()):
         raise ArtifactError(f"{target} is not empty; restore writes a new folder: give another one.")

@@ -61,7 +61,10 @@ class OSDConfig(MethodConfig, PeftConfig):
             Of seeded places and the randomised decomposition.
         target_modules (`list[str]`, *optional*):
             Modules whose weights are compressed, by the end of their names; None for all. In a saved adapter: the modules
-            it changes.
+            whose matrices it changes.
+        extra_modules (`list[str]`, *optional*):
+            The embeddings, output layers and norms it changes besides; written by `compress_delta`. They are named apart
+            because PEFT saves the whole base weight of an embedding it finds in `target_modules`.
         base_fingerprint (`dict`, *optional*):
             Digests of the base weights the delta belongs to; written by `compress_delta`, checked when opened.
         tied (`dict`, *optional*):
@@ -85,6 +88,7 @@ class OSDConfig(MethodConfig, PeftConfig):
     calibration_samples: int = 128
     seed: int = 0
     target_modules: list[str] | None = None
+    extra_modules: list[str] | None = None
     base_fingerprint: dict[str, str] | None = None
     tied: dict[str, str] | None = field(default=None)
 
@@ -142,7 +146,9 @@ def own_settings(config: OSDConfig) -> dict[str, Any]:
     """The settings of the compression alone, those that differ from the defaults first in the order of the class."""
     names = [item.name for item in fields(config) if item.name in OSDConfig.__annotations__]
     return {
-        name: getattr(config, name) for name in names if name not in ("base_fingerprint", "tied", "target_modules")
+        name: getattr(config, name)
+        for name in names
+        if name not in ("base_fingerprint", "tied", "target_modules", "extra_modules")
     }
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import hf_ext
+from hf_ext.config import MethodConfig
 from hf_ext.errors import ConfigError
 from hf_ext.registry import AREAS, METHODS, MethodCard, build_table, load
 
@@ -78,9 +80,11 @@ def test_default_config_survives_json(card):
 
 @available()
 def test_config_survives_a_folder(card, tmp_path):
-    config = load(card.config)()
-    config.save_pretrained(tmp_path)
-    assert type(config).from_pretrained(tmp_path) == config
+    # A config that is also one of PEFT is read back by its registered type.
+    with hf_ext.registered():
+        config = load(card.config)()
+        config.save_pretrained(tmp_path)
+        assert type(config).from_pretrained(tmp_path) == config
 
 
 def _fields():
@@ -89,9 +93,16 @@ def _fields():
 
 def _field_names(card):
     try:
-        return [field.name for field in dataclasses.fields(load(card.config))]
+        return own_fields(load(card.config))
     except ImportError:
         return ["config_cannot_be_imported"]
+
+
+def own_fields(cls):
+    """Names of the fields that we declare, not those inherited from a host library's config."""
+    ours = [base for base in cls.__mro__ if issubclass(base, MethodConfig)]
+    declared = {name for base in ours for name in inspect.get_annotations(base)}
+    return [field.name for field in dataclasses.fields(cls) if field.name in declared]
 
 
 @pytest.mark.parametrize(("card", "field"), _fields())
@@ -99,7 +110,7 @@ def test_a_bad_value_is_refused_and_the_field_named(card, field):
     cls = load(card.config)
     hint = typing.get_type_hints(cls)[field]
     options = set(typing.get_args(hint)) or {hint}
-    bad = [{"not": "a plain value"}]
+    bad = [["not", "a mapping"] if dict in map(typing.get_origin, options) else {"not": "a plain value"}]
     if options & {int, float}:
         bad += [-(10**9), True]
     if str in options and field not in FREE_TEXT.get(card.id, ()):
@@ -114,10 +125,10 @@ def test_a_bad_value_is_refused_and_the_field_named(card, field):
 def test_every_field_is_documented_in_the_docstring_and_on_the_docs_page(card):
     cls = load(card.config)
     page = (ROOT / "docs" / "methods" / f"{card.id}.md").read_text()
-    for field in dataclasses.fields(cls):
-        named = re.search(rf"^\s*(?:.*\), )?{field.name} \(", inspect.getdoc(cls), re.MULTILINE)
-        assert named, f"docstring lacks {field.name}"
-        assert f"`{field.name}`" in page, f"the page lacks {field.name}"
+    for field in own_fields(cls):
+        named = re.search(rf"^\s*(?:.*\), )?{field} \(", inspect.getdoc(cls), re.MULTILINE)
+        assert named, f"docstring lacks {field}"
+        assert f"`{field}`" in page, f"the page lacks {field}"
 
 
 @available()

@@ -42,7 +42,9 @@ def add_commands(commands: Any) -> None:
     )
     budget.add_argument("--rank", type=int, metavar="R", help="the budget of dense float32 factors of that rank")
     command.add_argument("--codec", default="auto", metavar="C", help="auto, factors, sparse or signs")
-    command.add_argument("--values", default="auto", metavar="V", help="auto, fp32, bf16, int8, int4, int3, int2, int1")
+    command.add_argument(
+        "--values", default="auto", metavar="V", help="auto, fp32, bf16, int8, int4, int3, int2, int1"
+    )
     command.add_argument("--mode", default="default", metavar="M", help='"paper" is the published form; needs --rank')
     command.add_argument(
         "--calibration",
@@ -218,7 +220,9 @@ def _inspect(arguments: argparse.Namespace) -> int:
     files = sum((folder / name).stat().st_size for name in names if (folder / name).is_file())
     print(f"\n{len(lines)} tensors, {inside:,} bytes; with headers and settings {files:,} bytes")
     if artifact.bytes_before:
-        print(f"the fine-tuned checkpoint: {artifact.bytes_before:,} bytes, {artifact.bytes_before / files:,.0f} times as many")
+        print(
+            f"the fine-tuned checkpoint: {artifact.bytes_before:,} bytes, {artifact.bytes_before / files:,.0f} times as many"
+        )
     if artifact.recovery is not None:
         print(f"recovery of predictions on the calibration data: {artifact.recovery:.4f}")
     print(f"base: {artifact.config.base_model_name_or_path or 'not named'}")
@@ -265,8 +269,6 @@ def listing(report: "PushReport") -> list[str]:
 def _pull(arguments: argparse.Namespace) -> int:
     from hf_ext.hub_tools.push import pull_artifact
 
-    folder = pull_artifact(
-        arguments.repo_id, arguments.folder, revision=arguments.revision, force=arguments.force
-    )
+    folder = pull_artifact(arguments.repo_id, arguments.folder, revision=arguments.revision, force=arguments.force)
     print(f"wrote {folder}; look inside with `hf-ext inspect {folder}`")
     return 0

@@ -4,7 +4,8 @@ The model reads news in which one sentence holds an access code. Each cache read
 `generate(cache_implementation=...)`. Only then comes the question, and with the same cache the model answers, is scored on
 the right answer and on how the news go on, and is timed: token by token, as generation does. The two caches that retrieve
 keep their tokens in files and say which sentences they read again for the answer. A sweep over shorter contexts gives the
-picture. Written into the output folder: `demo.json`, `memory_speed.png`, `report.html`.
+picture. At the end a short fine-tune is compressed and opened again, see `demo_delta.py`. Written into the output folder:
+`demo.json`, `memory_speed.png`, `report.html`, and `delta/`, the compressed fine-tune.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from torch.nn.functional import cross_entropy
 from transformers import DynamicCache
 
 import hf_ext
+from hf_ext import demo_delta
 from hf_ext.benches.caches import Prompt, cache_bytes, fill
 from hf_ext.benches.caches import read as read_prompt
 from hf_ext.cache_impls.retrieval_cache import RetrievalCache
@@ -507,8 +509,8 @@ def run(*, model: str | os.PathLike | None, out: str | os.PathLike, quick: bool)
 
     Args:
         model (`str`, *optional*): local folder or Hub id; the packaged SmolLM2 if `None`.
-        out (`str`): folder for `demo.json`, `memory_speed.png` and `report.html`; made if missing.
-        quick (`bool`): shorter contexts.
+        out (`str`): folder for `demo.json`, `memory_speed.png`, `report.html` and `delta`; made if missing.
+        quick (`bool`): shorter contexts, fewer steps of training.
 
     Returns:
         `int`: 0 if the exact cache gave the dense answer, 1 if not.
@@ -519,7 +521,8 @@ def run(*, model: str | os.PathLike | None, out: str | os.PathLike, quick: bool)
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 120
-    articles = [row["text"] for row in load_bbc()[::97]]
+    news = load_bbc()
+    articles = [row["text"] for row in news[::97]]
     name = "SmolLM2-135M-Instruct" if model is None else Path(model).name
     with console.status(f"loading {name} (unpacking the packaged weights takes half a minute, once)"), _no_bars():
         loaded, tokenizer = load_model(model)
@@ -542,11 +545,11 @@ def run(*, model: str | os.PathLike | None, out: str | os.PathLike, quick: bool)
     folder.mkdir(parents=True, exist_ok=True)
     picture = folder / "memory_speed.png"
     drawn = draw(curves, name, picture)
-    written = [
-        write_rows(folder / "demo.json", to_rows(results, curves, name, length)),
-        write_text_atomic(folder / "report.html", report(results, name, length, picture if drawn else None)),
-        *([picture] if drawn else []),
-    ]
+    report_file = write_text_atomic(folder / "report.html", report(results, name, length, picture if drawn else None))
+    with _no_bars():
+        of_delta = demo_delta.run(loaded, tokenizer, news, folder / "delta", quick, console, name)
+    rows = write_rows(folder / "demo.json", [*to_rows(results, curves, name, length), *of_delta])
+    written = [rows, report_file, *([picture] if drawn else []), folder / "delta"]
     if not drawn:
         console.print(NO_MATPLOTLIB)
     console.print(f"\nWrote {', '.join(str(path) for path in written)}", soft_wrap=True)

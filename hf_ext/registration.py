@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
+import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Iterator
@@ -28,16 +29,21 @@ CACHES = {
     "sentencekv": "hf_ext.cache_impls.sentencekv:SentenceKVCache",
 }
 
+# Our method in PEFT, as it writes names of methods.
+PEFT_METHOD = "osd"
+
 _logger = get_logger(__name__)
 _undo: list[Callable[[], None]] = []
+_undo_peft: list[Callable[[], None]] = []
 
 
 def register() -> None:
-    """Makes our caches valid values of `cache_implementation`, everywhere transformers accepts one.
+    """Makes our caches valid values of `cache_implementation`, everywhere transformers accepts one, and `OSD` a PEFT type.
 
     Repeating it changes nothing. After it, `generate(cache_implementation="ojakv", cache_config={...})`,
     `GenerationConfig(cache_implementation="ojakv")`, pipelines and PEFT-wrapped models build our caches, and a cache of
-    ours passed as `past_key_values` attends in its own storage. A saved generation config never carries our names.
+    ours passed as `past_key_values` attends in its own storage. A saved generation config never carries our names. Where
+    PEFT is installed, it is imported, and `PeftModel.from_pretrained` opens OSD adapters.
 
     Raises:
         `RuntimeError`: the installed transformers lacks a hook point; `hf-ext env` lists them.
@@ -66,12 +72,67 @@ def register() -> None:
     )
     _replace(GenerationConfig, "to_json_file", _without_our_names(GenerationConfig.to_json_file))
     register_attention()
+    if importlib.util.find_spec("peft") is not None:
+        try:
+            register_peft()
+        except ImportError as error:
+            warn_once(_logger, f"the installed peft cannot open OSD adapters: {error}; pip install -U peft.")
+
+
+def register_peft() -> None:
+    """Makes `OSD` a type of PEFT, the part of `register()` that needs no cache; `unregister()` undoes it.
+
+    PEFT's types are a closed enum: the member comes first, then PEFT's own registration.
+
+    Raises:
+        `ImportError`: peft is not installed. `RuntimeError`: PEFT has a method of this name already.
+    """
+    if _undo_peft:
+        return
+    from peft import mapping
+    from peft.utils import PeftType, register_peft_method
+
+    name = PEFT_METHOD.upper()
+    if name in PeftType.__members__:
+        raise RuntimeError(f"the installed peft has a method {name} of its own; upgrade hf-ext, or use restore().")
+    # Before the enum changes: nothing is half registered if this fails.
+    from hf_ext.merging.adapters import OSDModel
+    from hf_ext.merging.osd_config import OSDConfig
+
+    member: Any = str.__new__(PeftType, name)
+    member._name_ = member._value_ = name
+    member.__objclass__ = PeftType
+    member._sort_order_ = len(PeftType._member_names_)
+    PeftType._member_names_.append(name)
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member
+    type.__setattr__(PeftType, name, member)
+    tables = (
+        mapping.PEFT_TYPE_TO_CONFIG_MAPPING,
+        mapping.PEFT_TYPE_TO_TUNER_MAPPING,
+        mapping.PEFT_TYPE_TO_PREFIX_MAPPING,
+        mapping.PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
+    )
+
+    def undo() -> None:
+        for table in tables:
+            table.pop(member, None)
+        PeftType._member_names_.remove(name)
+        del PeftType._member_map_[name], PeftType._value2member_map_[name]
+        type.__delattr__(PeftType, name)
+
+    _undo_peft.append(undo)
+    register_peft_method(
+        name=PEFT_METHOD, config_cls=OSDConfig, model_cls=OSDModel, prefix=OSDModel.prefix, is_mixed_compatible=False
+    )
 
 
 def unregister() -> None:
     """Puts every object `register()` replaced back, and takes our hooks off every model."""
     while _undo:
         _undo.pop()()
+    while _undo_peft:
+        _undo_peft.pop()()
     attention = sys.modules.get("hf_ext.cache_impls.attention")
     if attention is not None:
         attention.detach_all()
@@ -80,13 +141,15 @@ def unregister() -> None:
 @contextmanager
 def registered() -> Iterator[None]:
     """`register()` for the length of a `with` block; a registration made before it stays."""
-    was_registered = bool(_undo)
+    was_registered, knew_osd = bool(_undo), bool(_undo_peft)
     register()
     try:
         yield
     finally:
         if not was_registered:
             unregister()
+            if knew_osd:
+                register_peft()
 
 
 def build_cache(name: str, model: Any, cache_config: dict[str, Any] | None = None) -> Any:

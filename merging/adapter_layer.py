@@ -51,6 +51,15 @@ class OSDLayer(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("osd_A", "osd_B")
     other_param_names = ("osd_starts", "osd_columns", "osd_values", "osd_dense", "osd_bias", "osd_pieces")
 
+    base_layer: Any
+    osd_A: Any
+    osd_B: Any
+    osd_starts: Any
+    osd_columns: Any
+    osd_values: Any
+    osd_dense: Any
+    osd_bias: Any
+
     def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
         super().__init__()
         self.base_layer = base_layer
@@ -62,7 +71,7 @@ class OSDLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         # Rows of a mixed batch, set for the length of one call of the model.
         self.row_adapters: list[str] | None = None
-        # Below float32 a subtraction does not give the weight back.
+        # What the base was before merging: a subtraction does not give the bits back, in float32 neither.
         self._before: dict[str, Tensor] = {}
         # The layer whose weight this one shares, in a tuple so that it is not a submodule.
         self._source: tuple[OSDLayer, ...] = ()
@@ -104,7 +113,7 @@ class OSDLayer(nn.Module, BaseTunerLayer):
         """The delta of `"weight"` or `"bias"`, float32, decoded anew; zeros where the adapter has none."""
         self._check_loaded(adapter)
         piece = self.osd_pieces[adapter].get(attribute)
-        base = getattr(self.get_base_layer(), attribute)
+        base = getattr(self._base, attribute)
         if piece is None:
             return torch.zeros(base.shape, device=base.device)
         return torch.from_numpy(piece.delta.dense()).to(base.device)
@@ -112,6 +121,8 @@ class OSDLayer(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add deltas to the base: summed in float32, rounded once. A weight shared with another layer changes once.
+
+        Until they are unmerged or unloaded, the layer keeps a copy of what it changed.
 
         Args:
             safe_merge (`bool`): refuse a result that is not finite, before anything changed.
@@ -136,7 +147,7 @@ class OSDLayer(nn.Module, BaseTunerLayer):
             changed = [name for name in names if attribute in self.osd_pieces[name]]
             if not changed:
                 continue
-            base = getattr(self.get_base_layer(), attribute)
+            base = getattr(self._base, attribute)
             wide = base.to(torch.promote_types(base.dtype, torch.float32), copy=True)
             for name in changed:
                 wide += self.get_delta(name, attribute)
@@ -147,28 +158,21 @@ class OSDLayer(nn.Module, BaseTunerLayer):
                     "load the base in a wider type."
                 )
         for attribute, result in merged.items():
-            base = getattr(self.get_base_layer(), attribute)
-            if base.dtype.itemsize < 4 and attribute not in self._before:
+            base = getattr(self._base, attribute)
+            if attribute not in self._before:
                 self._before[attribute] = base.detach().clone()
             base.data.copy_(result)
         self.merged_adapters = [*self.merged_adapters, *names]
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Take all merged deltas out of the base; below float32 the very bits from before come back."""
+        """Give the base the very bits it had before merging."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        for attribute in ["bias"] if self._shares_weight() else ["weight", "bias"]:
-            merged = [name for name in self.merged_adapters if attribute in self.osd_pieces.get(name, {})]
-            if not merged:
-                continue
-            base = getattr(self.get_base_layer(), attribute)
-            if attribute in self._before:
-                base.data.copy_(self._before.pop(attribute))
-                continue
-            for name in merged:
-                base.data.sub_(self.get_delta(name, attribute))
+        for attribute, before in self._before.items():
+            getattr(self._base, attribute).data.copy_(before)
+        self._before = {}
         self.merged_adapters = []
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -207,7 +211,9 @@ class OSDLayer(nn.Module, BaseTunerLayer):
             raise AdapterStateError(
                 f"adapter_names was given while {', '.join(self.merged_adapters)} is merged; call unmerge_adapter() first."
             )
-        whole, rows, parts = None, {}, []
+        whole: Any = None
+        rows: dict[str, list[int]] = {}
+        parts = []
         for index, name in enumerate(names):
             rows.setdefault(name, []).append(index)
         for name, wanted in rows.items():
@@ -232,10 +238,14 @@ class OSDLayer(nn.Module, BaseTunerLayer):
                 "PeftModel.from_pretrained(model, repo) or hf_ext.load_adapter(model, repo)."
             )
 
+    @property
+    def _base(self) -> Any:
+        return self.get_base_layer()
+
     def _shares_weight(self) -> bool:
         if not self._source:
             return False
-        own, other = self.get_base_layer().weight, self._source[0].get_base_layer().weight
+        own, other = self._base.weight, self._source[0]._base.weight
         return own is other or (not own.is_meta and own.data_ptr() == other.data_ptr())
 
     def _tensor(self, values: np.ndarray) -> Tensor:
@@ -257,7 +267,7 @@ class OSDLayer(nn.Module, BaseTunerLayer):
         if len(places) > DENSEST * n * d or not on_device:
             dense = np.zeros(n * d, dtype=np.float32)
             np.add.at(dense, places, values)
-            self.osd_dense[adapter_name] = self._tensor(dense.reshape(n, d)).to(self.get_base_layer().weight.dtype)
+            self.osd_dense[adapter_name] = self._tensor(dense.reshape(n, d)).to(self._base.weight.dtype)
             return
         unique, inverse = np.unique(places, return_inverse=True)
         summed = np.bincount(inverse, weights=values, minlength=len(unique)).astype(np.float32)
@@ -286,7 +296,7 @@ class OSDLinear(OSDLayer):
         left, right = delta.factors()
         places, values = delta.signs()
         n, d = delta.matrix_shape
-        if isinstance(self.get_base_layer(), Conv1D):
+        if isinstance(self._base, Conv1D):
             left, right = right, left
             order = np.argsort(places % d * n + places // d, kind="stable")
             places, values = (places % d * n + places // d)[order], values[order]
@@ -312,7 +322,7 @@ class OSDLinear(OSDLayer):
 
     def _sparse_product(self, name: str, x: Tensor, out: int) -> Tensor:
         flat = x.reshape(-1, x.shape[-1]).float()
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.autocast(x.device.type, enabled=False):
             warnings.filterwarnings("ignore", message="Sparse", category=UserWarning)
             matrix = torch.sparse_csr_tensor(
                 self.osd_starts[name],
@@ -335,7 +345,8 @@ class OSDEmbedding(OSDLayer):
     def _load_weight(self, adapter_name: str, delta: Delta) -> None:
         left, right = delta.factors()
         self._load_factors(adapter_name, right, left.T)
-        self._load_sparse(adapter_name, *delta.signs(), delta.matrix_shape)
+        places, values = delta.signs()
+        self._load_sparse(adapter_name, places, values, delta.matrix_shape)
 
     def _run(self, adapters: list[str], ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         result = self.base_layer(ids, *args, **kwargs)
@@ -362,7 +373,7 @@ class OSDEmbedding(OSDLayer):
         first, count = starts[flat], starts[flat + 1] - starts[flat]
         row = torch.repeat_interleave(torch.arange(len(flat), device=flat.device), count)
         entry = torch.arange(len(row), device=flat.device) - (count.cumsum(0) - count)[row] + first[row]
-        width = self.get_base_layer().weight.shape[1]
+        width = self._base.weight.shape[1]
         values = self.osd_values[name][entry]
         rows = values.new_zeros(len(flat), width)
         rows[row, self.osd_columns[name][entry]] = values
@@ -398,7 +409,7 @@ def layer_class(module: nn.Module) -> type[OSDLayer]:
     return OSDOther
 
 
-def _any_weight(module: nn.Module) -> Tensor:
+def _any_weight(module: Any) -> Tensor:
     weight = getattr(module, "weight", None)
     return module.bias if weight is None else weight
 

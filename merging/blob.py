@@ -163,7 +163,9 @@ def seeded_places(seed: int, count: int, size: int) -> np.ndarray:
     """
     if count == 0:
         return np.zeros(0, dtype=np.int64)
-    edges = (np.arange(count + 1, dtype=np.uint64) * np.uint64(size)) // np.uint64(count)
+    # i * size // count, in a form that does not overflow.
+    index, (whole, part) = np.arange(count + 1, dtype=np.uint64), divmod(size, count)
+    edges = index * np.uint64(whole) + index * np.uint64(part) // np.uint64(count)
     with np.errstate(over="ignore"):
         x = np.arange(1, count + 1, dtype=np.uint64) + (np.uint64(seed) << np.uint64(32))
         x *= np.uint64(0x9E3779B97F4A7C15)
@@ -247,12 +249,18 @@ def _read_header(header: bytes) -> Iterator[tuple[str, tuple[int, ...], int]]:
         text = bytes(reader.take(length)).decode()
     except UnicodeDecodeError:
         raise BlobError("the delta's names are not text: it is damaged.") from None
+    declared = text.count("\n") + 1 if text else 0
+    # A shape and a number of terms take two bytes at least: without them no list of names is made.
+    if declared != count or 2 * count > reader.left:
+        raise BlobError(f"the delta declares {count} tensors and names {declared}: it is damaged.")
     names = text.split("\n") if count else []
-    if len(names) != count or not all(name.isprintable() and name for name in names):
-        raise BlobError(f"the delta declares {count} tensors and names {len(names)}: it is damaged.")
+    if not all(name.isprintable() and name for name in names):
+        raise BlobError("the delta has a tensor without a printable name: it is damaged.")
     ranks = reader.array("u1", count)
     sides = reader.array("u4", int(ranks.sum()))
     terms = reader.array("u1", count)
+    if reader.left:
+        raise BlobError(f"the delta's header has {reader.left} bytes after its last tensor: it is damaged.")
     at = 0
     for name, rank, number in zip(names, ranks.tolist(), terms.tolist()):
         shape = tuple(sides[at : at + rank].tolist())

@@ -36,23 +36,26 @@ _logger = get_logger(__name__)
 DEFAULT_SHARE = 2000  # of the checkpoint's bytes, when no budget is given
 AUTO_BITS = (1, 2, 3, 4)
 MOST_COLUMNS = 256
-# Norms, biases and embeddings are coded without data when they moved this much more than the matrices, relative to size.
-OTHER_CHANGE = 2.0
-# With data: when leaving them out costs this share of the whole divergence.
-OTHER_DIVERGENCE = 0.01
-MAGNITUDES = (0.6, 0.8, 1.25)
+# Norms and biases are coded without data when they take no more than this share of the budget.
+OTHER_SHARE = 0.03
+# With data: when leaving them out costs this share of the whole divergence, which goes with the square of a change.
+OTHER_DIVERGENCE = 0.001
+# Kinds of layers whose deltas factors hold to this share of their energy become factors without data.
+CAPTURED = 0.75
+MOSTLY_ZERO = 0.5
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "shared", "lm_head", "embed_out")
 
 
 @dataclass(frozen=True)
 class TensorStats:
-    """Of one delta `d` beside its base weight `w`: `E|d|`, `E d^2`, `E w^2`, and how many entries."""
+    """Of one delta `d` beside its base weight `w`: `E|d|`, `E d^2`, the share of zeros in `d`, and `E w^2`."""
 
     name: str
     shape: tuple[int, ...]
     kind: str
     mean_abs: float
     mean_square: float
+    zeros: float
     weight_square: float
 
     @property
@@ -73,12 +76,11 @@ class TensorStats:
 
 @dataclass
 class Form:
-    """One way to spend the budget: which tensors are signs, which are factors, and how large signs are."""
+    """One way to spend the budget: which tensors are signs and which are factors."""
 
     label: str
     signs: list[TensorStats]
     factors: list[TensorStats]
-    magnitude: float = 1.0
     fitted: dict[tuple, tuple] = field(default_factory=dict)
 
 
@@ -132,6 +134,7 @@ class _Compression:
         self.stats = self._walk()
         self.spectra: dict[str, Spectrum] = {}
         self.gradients: dict[str, Tensor] = {}
+        self.fingerprints: dict[tuple[str, ...], dict[str, str]] = {}
 
     def run(self, measure: Calibration | None) -> OSDArtifact:
         config = self.config
@@ -139,11 +142,11 @@ class _Compression:
         if not any(item.mean_abs for item in self.stats):
             return self._finish({}, Form("nothing changed", [], []), measure)
         moved = [item for item in matrices if item.mean_abs]
-        others, choice = self._others(moved, measure)
         budget = self._budget(moved)
+        others, choice = self._others(moved, measure, budget)
         if measure is not None and config.codec == "sparse" and config.importance not in ("magnitude", "energy"):
             self.gradients = measure.gradients([item.name for item in moved], config.importance)
-        forms = self._forms(moved, others, budget)
+        forms = self._forms(moved, others, budget, measure is not None)
         artifacts = [(form, self._fill(form, budget, choice)) for form in forms]
         if measure is not None:
             artifacts = self._best(artifacts, budget, choice, measure)
@@ -162,9 +165,13 @@ class _Compression:
         found = []
         for entry, delta in self._bar(iter_deltas(self.base, self.tuned), len(self.entries), "reading"):
             weight = self.base.tensor(entry.name).float()
-            square = delta.pow(2).mean(dtype=torch.float64), weight.pow(2).mean(dtype=torch.float64)
-            mean_abs = delta.abs().mean(dtype=torch.float64)
-            found.append(TensorStats(entry.name, entry.shape, entry.kind, float(mean_abs), *map(float, square)))
+            numbers = (
+                delta.abs().mean(dtype=torch.float64),
+                delta.pow(2).mean(dtype=torch.float64),
+                (delta == 0).double().mean(),
+                weight.pow(2).mean(dtype=torch.float64),
+            )
+            found.append(TensorStats(entry.name, entry.shape, entry.kind, *map(float, numbers)))
         return found
 
     def _budget(self, moved: list[TensorStats]) -> int:
@@ -184,7 +191,9 @@ class _Compression:
     def _changed_others(self) -> list[TensorStats]:
         return [item for item in self.stats if item.is_other and item.mean_abs and self._is_wanted(item.name)]
 
-    def _others(self, moved: list[TensorStats], measure: Calibration | None) -> tuple[list[TensorStats], str]:
+    def _others(
+        self, moved: list[TensorStats], measure: Calibration | None, budget: int
+    ) -> tuple[list[TensorStats], str]:
         """Norms, biases and embeddings to code, and a line that says why."""
         others = self._changed_others()
         if not others:
@@ -204,53 +213,62 @@ class _Compression:
             if measure is not None:
                 share = measure.cost_of_leaving_out([item.name for item in group])
                 use, why = share > OTHER_DIVERGENCE, f"without them {100 * share:.2g} % of the divergence remains"
+            elif what == "embeddings":
+                use, why = True, "no data to tell what they are worth"
             else:
-                ratio = _relative_change(group) / max(_relative_change(moved), 1e-30)
-                use, why = (
-                    ratio > OTHER_CHANGE,
-                    f"they moved {ratio:.2g} times as much as the matrices, beside their size",
-                )
+                share = sum(item.size for item in group) / 4 / budget
+                use, why = share <= OTHER_SHARE, f"two bits for each entry are {100 * share:.2g} % of the budget"
             said.append(f"{what} {'coded' if use else 'left out'}: {why}")
             kept += group if use else []
         return kept, "; ".join(said)
 
-    def _forms(self, moved: list[TensorStats], others: list[TensorStats], budget: int) -> list[Form]:
-        """The ways to spend the budget that come into question, the likeliest first."""
+    def _forms(self, moved: list[TensorStats], others: list[TensorStats], budget: int, both: bool) -> list[Form]:
+        """The ways to spend the budget that come into question, the likeliest first; one, unless `both`."""
         codec = self.config.codec
-        vectors = [item for item in others if len(item.shape) < 2]
-        tables = [item for item in others if len(item.shape) >= 2]
-        everything = moved + tables
+        # Signs at random places say little of a table most of whose rows did not move, and nothing for a vector.
+        aside = [item for item in others if len(item.shape) < 2 or item.zeros > MOSTLY_ZERO]
+        everything = moved + [item for item in others if item not in aside]
         # Beside factors, what the others are worth a byte decides; nothing has to be left out beforehand.
         rest = [item for item in self._changed_others() if self.config.other_tensors != "drop"]
-        quiet = [item for item in everything if self._noise(item, everything, budget) <= self.config.noise_limit]
-        loud = [item for item in everything if item not in quiet]
-        signs = Form("signs", everything, vectors)
+        signs = Form("signs", everything, aside)
         factors = Form("factors", [], moved + rest)
         if codec != "auto":
             return [signs if codec == "signs" else factors]
-        if not loud:
-            return [signs, factors]
-        if not quiet:
-            return [factors, signs]
-        mixed = Form("signs and factors", quiet, [item for item in loud + rest if item not in quiet])
-        return [mixed, signs, factors]
+        low = self._low_rank_kinds(everything, budget)
+        if low:
+            as_signs = [item for item in everything if item.kind not in low]
+            first = Form("signs and factors", as_signs, [i for i in everything if i.kind in low] + aside)
+            first = first if as_signs else factors
+            return [first, *([] if first is factors else [factors]), signs] if both else [first]
+        return [signs, factors] if both else [signs]
 
-    def _noise(self, item: TensorStats, everything: list[TensorStats], budget: int) -> float:
-        density = min(8 * budget / sum(other.size for other in everything), 1.0)
-        return osd.noise_ratio(item.mean_abs, item.mean_square, density, item.weight_square)
+    def _low_rank_kinds(self, everything: list[TensorStats], budget: int) -> set[str]:
+        """Kinds of layers whose deltas fit into factors of two bits at the bytes they get, judged on two of each."""
+        whole = sum(item.size for item in everything)
+        kinds: dict[str, list[TensorStats]] = {}
+        for item in everything:
+            kinds.setdefault(item.kind, []).append(item)
+        asked = {}
+        for group in kinds.values():
+            for item in {group[len(group) // 3], group[2 * len(group) // 3]}:
+                columns = int(4 * budget * item.size / whole / sum(item.sides))
+                if columns:
+                    asked[item.name] = (item, min(columns, MOST_COLUMNS))
+        captured: dict[str, list[float]] = {}
+        for entry, delta in self._bar(iter_deltas(self.base, self.tuned, asked), len(asked), "looking for low rank"):
+            item, columns = asked[entry.name]
+            matrix = delta.reshape(item.sides)
+            sigma = osd.truncated_svd(matrix, columns, power_iterations=self.config.power_iterations)[1]
+            share = float(sigma.pow(2).sum()) / (item.mean_square * item.size)
+            captured.setdefault(item.kind, []).append(share * (1 - osd.DISTORTION[2]) ** 2)
+        return {kind for kind, shares in captured.items() if min(shares) >= CAPTURED}
 
     def _best(self, forms: list, budget: int, choice: str, measure: Calibration) -> list:
-        """The form with the smallest measured divergence; signs also tried larger and smaller."""
+        """The form with the smallest measured divergence."""
         found = [(measure.divergence(deltas), form, deltas) for form, deltas in forms]
         best = min(found, key=lambda item: item[0])
-        if best[1].signs:
-            for size in MAGNITUDES:
-                form = replace(best[1], magnitude=size, fitted=dict(best[1].fitted))
-                deltas = self._fill(form, budget, choice)
-                found.append((measure.divergence(deltas), form, deltas))
-        best = min(found, key=lambda item: item[0])
         for divergence, form, _ in found:
-            _logger.info("%s x %s: divergence %.4f", form.label, form.magnitude, divergence)
+            _logger.info("%s: divergence %.4f", form.label, divergence)
         return [best[1:]]
 
     def _fill(self, form: Form, budget: int, choice: str) -> dict[str, Delta]:
@@ -281,12 +299,13 @@ class _Compression:
 
     def _encode(self, form: Form, room: int) -> dict[str, Delta]:
         """Deltas of about `room` bytes."""
+        config = self.config
         sign_size = sum(item.size for item in form.signs)
         factor_size = sum(item.size for item in form.factors if len(item.shape) >= 2)
         vector_bytes = sum(6 + item.size // 2 for item in form.factors if len(item.shape) < 2)
         sign_room = (room - vector_bytes) * sign_size / max(sign_size + factor_size, 1) if sign_size else 0.0
         plan = self._plan_factors(form.factors, room - int(sign_room))
-        density = min(max(8 * (sign_room - 14 * len(form.signs)), 0) / max(sign_size, 1), 1.0)
+        density = max(8 * (sign_room - 14 * len(form.signs)), 0) / max(sign_size, 1)
         wanted = {item.name: item for item in form.signs if density} | {
             item.name: item for item in form.factors if plan.get(item.name)
         }
@@ -300,9 +319,9 @@ class _Compression:
                 item = wanted[entry.name]
                 matrix = delta.reshape(item.sides)
                 if entry.name in as_signs:
-                    count = int(density * item.size) // 8 * 8
-                    size = osd.sign_magnitude(item.mean_abs, item.mean_square, max(count, 1) / item.size)
-                    fresh[entry.name] = fit_signs(matrix, count, self._seed(entry.name), size * form.magnitude)
+                    fresh[entry.name] = fit_signs(
+                        matrix, density, self._seed(entry.name), config.noise_limit * item.weight_square**0.5
+                    )
                 else:
                     form.fitted[entry.name, repr(plan[entry.name])] = self._fit(item, matrix, plan[entry.name])
         for name in order:
@@ -327,9 +346,7 @@ class _Compression:
             return {name: room * end // whole for name, end in ends.items()}
         bits = AUTO_BITS if config.values == "auto" else (VALUE_BITS[config.values],)
         self._decompose(items, room)
-        import os
-        mode = os.environ.get("GAIN", "raw")
-        gains = {item.name: self.spectra[item.name].sigma.pow(2) / (item.weight_square if mode == "rel" else item.weight_square**.5 if mode == "half" else 1) for item in items}
+        gains = {item.name: self.spectra[item.name].sigma.pow(2) for item in items}
         # Steps of the two sides, and about ten bytes for a term of its own.
         if config.scope == "global":
             return osd.allocate(gains, ends, room, bits, column_bytes=6)
@@ -379,26 +396,37 @@ class _Compression:
         )
 
     def _artifact(self, deltas: dict[str, Delta], form: Form, choice: str, **measured: Any) -> OSDArtifact:
-        modules = sorted({name.rpartition(".")[0] for name in deltas})
+        """The object; modules with a matrix are its `target_modules`, embeddings, norms and the rest `extra_modules`."""
         tied = {
             alias.rpartition(".")[0]: name.rpartition(".")[0]
             for alias, name in self.base.tied.items()
             if name in deltas
         }
         names = list(deltas) or list(self.entries)[:1]
-        if not form.signs and self.config.other_tensors == "auto" and (others := self._changed_others()):
-            coded = sum(item.name in deltas for item in others)
-            choice = f"{coded} of {len(others)} norms, biases and embeddings coded: by energy a byte, beside the matrices"
+        others = {item.name for item in self.stats if item.is_other}
+        matrices = {name.rpartition(".")[0] for name in names if name not in others}
+        extra = {name.rpartition(".")[0] for name in names if name in others} - matrices
+        if not form.signs and self.config.other_tensors == "auto" and (changed := self._changed_others()):
+            coded = sum(item.name in deltas for item in changed)
+            choice = (
+                f"{coded} of {len(changed)} norms, biases and embeddings coded: by energy a byte, beside the matrices"
+            )
         config = replace(
             self.config,
-            target_modules=modules,
+            target_modules=_endings(matrices),
+            extra_modules=_endings(extra) or None,
             tied=tied or None,
-            base_fingerprint=fingerprint((name, self.base.tensor(name)) for name in names),
+            base_fingerprint=self._fingerprint(tuple(names)),
             base_model_name_or_path=self.base.source,
             revision=self.base.revision,
             inference_mode=True,
         )
         return OSDArtifact(deltas, config, form.label, choice, bytes_before=self.tuned.total_bytes(), **measured)
+
+    def _fingerprint(self, names: tuple[str, ...]) -> dict[str, str]:
+        if names not in self.fingerprints:
+            self.fingerprints[names] = fingerprint((name, self.base.tensor(name)) for name in names)
+        return self.fingerprints[names]
 
     def _finish(
         self, deltas: dict[str, Delta], form: Form, measure: Calibration | None, choice: str = ""
@@ -418,9 +446,7 @@ class _Compression:
         return artifact
 
 
-def _relative_change(items: list[TensorStats]) -> float:
-    """Root mean square of deltas over that of their weights."""
-    size = sum(item.size for item in items)
-    moved = sum(item.mean_square * item.size for item in items) / size
-    weight = sum(item.weight_square * item.size for item in items) / size
-    return (moved / max(weight, 1e-30)) ** 0.5
+def _endings(modules: set[str]) -> list[str]:
+    """Names as PEFT matches them: the last part of each, which few modules share a hundred times; digits say nothing."""
+    last = {module: module.rpartition(".")[2] for module in modules}
+    return sorted({module if end.isdigit() else end for module, end in last.items()})

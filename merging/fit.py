@@ -20,6 +20,9 @@ from hf_ext.merging.blob import FLOATS, Factor, LowRankTerm, SignTerm, seeded_pl
 from hf_ext.merging.codes import SPARSEST, VALUE_BITS, quantize
 
 
+MAX_SIGN_TERMS = 8
+
+
 @dataclass(frozen=True)
 class Spectrum:
     """Leading singular triplets: `(n, k)`, `(k,)`, `(d, k)`."""
@@ -122,12 +125,39 @@ def fit_sparse(
     return best
 
 
-def fit_signs(delta: Tensor, count: int, seed: int, magnitude: float) -> tuple[SignTerm, ...]:
-    """Signs of the delta at `count` seeded places."""
-    if count == 0:
+def fit_signs(delta: Tensor, density: float, seed: int, noise: float) -> tuple[SignTerm, ...]:
+    """Signs of the delta at a share `density` of its places; beyond one, then of what the first ones leave, and so on.
+
+    Args:
+        delta (`Tensor`): `(n, d)`.
+        density (`float`): signs for each entry; cut to whole bytes.
+        seed (`int`): of the places of the first term; later ones count on from it.
+        noise (`float`): root mean square the decoded delta may have; it is made smaller beyond that.
+
+    Returns:
+        `tuple[SignTerm, ...]`: at most `MAX_SIGN_TERMS`. All are scaled alike, so that their sum has the inner product
+        with the delta that the delta has with itself, see `osd.unbiased_scale`. A zero takes the sign of its place's
+        parity, so that zeros cancel.
+    """
+    flat, size = delta.reshape(-1), delta.numel()
+    rest, terms = flat.clone(), []
+    while density > 0 and len(terms) < MAX_SIGN_TERMS:
+        count = size if density >= 1 else int(density * size) // 8 * 8
+        density -= 1
+        if count == 0:
+            break
+        places = torch.from_numpy(seeded_places(seed + len(terms), count, size))
+        values = rest[places]
+        negative = (values < 0) | ((values == 0) & (places % 2 == 1))
+        magnitude = float(values.abs().mean(dtype=torch.float64))
+        if magnitude == 0:
+            break
+        rest[places] -= torch.where(negative, -magnitude, magnitude)
+        terms.append(SignTerm(seed + len(terms), magnitude, negative.numpy()))
+    if not terms:
         return ()
-    places = torch.from_numpy(seeded_places(seed, count, delta.numel()))
-    return (SignTerm(seed, float(np.float32(magnitude)), (delta.reshape(-1)[places] < 0).numpy()),)
+    scale = osd.unbiased_scale(flat, flat - rest, noise)
+    return tuple(term.scaled(scale) for term in terms)
 
 
 def _paper_bytes(scores: tuple[Tensor, Tensor], count: int, joint: bool, n: int, d: int, width: int) -> float:

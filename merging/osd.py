@@ -14,8 +14,8 @@ This file is the mathematics, on torch tensors alone: decomposition, scores, sel
 Differs from the paper: the paper's score was not available to us; the five here are readings of it, `taylor` and
 `fisher` being the ones that follow the chain rule dL/dUt = G Vt, dL/dVt = G^T Ut. Three additions, absent from
 `mode="paper"`: factors are refitted on their masks; values have 1 to 8 bits, and how many a column gets is decided over
-all layers by energy per bit; and where a fine-tune moved weights so little that noise does not matter (`noise_ratio`),
-signs at seeded places replace factors, see `sign_magnitude`.
+all layers by energy per bit; and where deltas are not of low rank, signs at seeded places take the place of factors, with
+a magnitude that keeps their effect instead of their distance, see `unbiased_scale`.
 
 Shapes: dW `(n, d)`; k columns; left factors `(n, k)`, right factors `(d, k)`; G, F `(n, d)`.
 """
@@ -33,6 +33,7 @@ IMPORTANCE = ("magnitude", "energy", "taylor1", "taylor", "fisher")
 # Share of a normal column's energy that a quantiser of so many bits loses.
 DISTORTION = {1: 0.363, 2: 0.1188, 3: 0.0375, 4: 0.0115, 8: 7.4e-5, 16: 3e-6, 32: 0.0}
 _EXACT_SIDE = 2048
+_SYSTEMS = 1 << 22  # numbers in the systems that are solved together
 
 
 def truncated_svd(
@@ -162,10 +163,13 @@ def refit_left(delta: Tensor, right: Tensor, mask: Tensor | None, ridge: float =
     eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     if mask is None:
         return torch.linalg.solve(gram + lam * eye, target.T).T.to(delta.dtype)
-    wide = mask.double()
-    # Outside the mask the matrix is the identity and the target zero: one batched solve for rows of any support.
-    systems = gram * wide[:, :, None] * wide[:, None, :] + torch.diag_embed(lam * wide + (1 - wide))
-    return torch.linalg.solve(systems, (target * wide)[:, :, None])[:, :, 0].to(delta.dtype)
+    solved = []
+    # A row is a system of its own; many at a time, but not so many that the systems outgrow the delta.
+    for rows, aim in zip(*(part.split(max(_SYSTEMS // len(gram) ** 2, 1)) for part in (mask.double(), target))):
+        # Outside the mask the matrix is the identity and the target zero: one batched solve for rows of any support.
+        systems = gram * rows[:, :, None] * rows[:, None, :] + torch.diag_embed(lam * rows + (1 - rows))
+        solved.append(torch.linalg.solve(systems, (aim * rows)[:, :, None])[:, :, 0])
+    return torch.cat(solved).to(delta.dtype)
 
 
 def refit(delta: Tensor, left: Tensor, right: Tensor, mask_left: Tensor, mask_right: Tensor, steps: int) -> tuple:
@@ -184,22 +188,27 @@ def refit(delta: Tensor, left: Tensor, right: Tensor, mask_left: Tensor, mask_ri
     return left * balance, right / balance
 
 
-def sign_magnitude(mean_abs: float, mean_square: float, density: float) -> float:
-    """Magnitude of signs kept at a random share `density` of all places.
+def unbiased_scale(delta: Tensor, coarse: Tensor, noise: float = math.inf) -> float:
+    """The factor by which a coarse code of a delta is to be multiplied.
 
-    With `E[d^2] / E|d| / density` the sum over the kept places has, on average, the same inner product with the delta as
-    the delta itself: nothing of its effect is lost to first order, all the rest is noise. (The mean of `|d|` alone, as
-    one-bit codes usually take it, keeps only the part `E|d|^2 / E[d^2]` of it.)
+    `||dW||^2 / <coarse, dW>`: afterwards the code has the inner product with the delta that the delta has with itself.
+    What a random choice of places does on average to the output of a layer is then what the delta does; all the rest is
+    noise, which a layer of many inputs averages out. Least squares, the usual choice of one-bit codes, keeps only the
+    share `<coarse, dW>^2 / (||coarse||^2 ||dW||^2)` of the effect. Where the base weights are too small to drown the
+    noise, the code is made smaller until its root mean square is `noise`.
+
+    Args:
+        delta, coarse (`Tensor`): of one shape.
+        noise (`float`): root mean square allowed.
+
+    Returns:
+        `float`: not negative; 0 where the two have nothing in common.
     """
-    return mean_square / mean_abs / density
-
-
-def noise_ratio(mean_abs: float, mean_square: float, density: float, weight_square: float) -> float:
-    """Size of the noise of `sign_magnitude` beside the base weight: root mean square over root mean square.
-
-    Small, and the noise drowns in what the layer does anyway; large, and it destroys the layer.
-    """
-    return sign_magnitude(mean_abs, mean_square, density) * math.sqrt(density / max(weight_square, 1e-30))
+    common = float((delta.double() * coarse.double()).sum())
+    if common <= 0:
+        return 0.0
+    scale = float(delta.double().pow(2).sum()) / common
+    return min(scale, noise / float(coarse.double().pow(2).mean().sqrt()))
 
 
 def allocate(

@@ -25,7 +25,7 @@ from safetensors.torch import save, save_file
 
 from hf_ext.artifact import Artifact, Measured, read_artifact, write_manifest
 from hf_ext.errors import ArtifactError, BlobError, ConfigError, DeltaError
-from hf_ext.merging.blob import Delta, LowRankTerm, SignTerm, decode, encode, term_size
+from hf_ext.merging.blob import FLOATS, MAX_TERMS, Delta, LowRankTerm, SignTerm, decode, encode, term_size
 from hf_ext.merging.deltas import Checkpoint, matches
 from hf_ext.merging.osd import truncated_svd
 from hf_ext.merging.osd_config import PEFT_TYPE, OSDConfig, own_settings
@@ -178,6 +178,12 @@ class OSDArtifact:
         missing = [name for name in self.deltas if name not in base.names and name not in base.tied]
         if missing:
             raise DeltaError(f"{base.source} has no tensor {missing[0]!r}; the delta belongs to another architecture.")
+        for name, delta in self.deltas.items():
+            if tuple(base.shape(name)) != delta.shape:
+                raise DeltaError(
+                    f"{name} of {base.source} has shape {tuple(base.shape(name))} and its delta {delta.shape}; give the "
+                    f"base this delta was taken from ({self.config.base_model_name_or_path})."
+                )
         stored = self.config.base_fingerprint
         if stored and self.deltas and not force:
             if not matches(stored, ((name, base.tensor(name)) for name in self.deltas)):
@@ -268,6 +274,8 @@ def combine(artifacts: Sequence[OSDArtifact], weights: Sequence[float]) -> OSDAr
     """
     if not artifacts or len(artifacts) != len(weights):
         raise ConfigError(f"{len(artifacts)} artifacts and {len(weights)} weights; give one weight for each artifact.")
+    if not np.isfinite(weights).all():
+        raise ConfigError(f"a weight of {list(weights)} is not finite; give plain numbers.")
     bases = {artifact.config.base_model_name_or_path for artifact in artifacts}
     if len(bases) > 1:
         raise ConfigError(f"the artifacts belong to different bases, {sorted(map(str, bases))}; combine those of one.")
@@ -279,17 +287,33 @@ def combine(artifacts: Sequence[OSDArtifact], weights: Sequence[float]) -> OSDAr
                     f"{name} has shape {deltas[name].shape} and {delta.shape}; combine deltas of one base."
                 )
             before = deltas[name].terms if name in deltas else ()
-            deltas[name] = Delta(delta.shape, before + tuple(term.scaled(weight) for term in delta.terms))
+            with np.errstate(over="ignore"):
+                scaled = tuple(term.scaled(weight) for term in delta.terms)
+            if not all(map(_is_finite, scaled)):
+                raise ConfigError(f"the weight {weight} takes {name} beyond what a file can hold; use a smaller one.")
+            if len(before) + len(scaled) > MAX_TERMS:
+                raise ConfigError(
+                    f"{name} would have {len(before) + len(scaled)} terms, and a file holds {MAX_TERMS}; combine fewer."
+                )
+            deltas[name] = Delta(delta.shape, before + scaled)
     # A fingerprint covers the tensors of its own delta; it stays where all have the same ones.
     same = all(list(artifact.deltas) == list(deltas) for artifact in artifacts)
     first = artifacts[0].config
     config = replace(
         first,
-        target_modules=sorted({name.rpartition(".")[0] for name in deltas}),
+        target_modules=sorted({name for item in artifacts for name in item.config.target_modules or ()}),
+        extra_modules=sorted({name for item in artifacts for name in item.config.extra_modules or ()}) or None,
         base_fingerprint=first.base_fingerprint if same else None,
         tied={k: v for artifact in artifacts for k, v in (artifact.config.tied or {}).items()} or None,
     )
     return OSDArtifact(deltas, config, "combined")
+
+
+def _is_finite(term: LowRankTerm | SignTerm) -> bool:
+    if isinstance(term, SignTerm):
+        return bool(np.isfinite(term.magnitude))
+    left = term.left
+    return bool(np.isfinite(left.decode() if left.bits in FLOATS else left.steps).all())
 
 
 def restore(
@@ -322,6 +346,8 @@ def restore(
         raise ArtifactError(f"{target} is not empty; restore writes a new folder: give another one.")
     with Checkpoint.open(name, revision=None if base else artifact.config.revision) as opened:
         artifact.check_base(opened, force)
+        places = {(stored.path.name, stored.key): name for name, stored in opened._stored.items() if stored.path}
+        aliases = {name: name for name in opened.names} | opened.tied
     folder = local_folder(name, None if base else artifact.config.revision, None)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -331,7 +357,7 @@ def restore(
             if file.suffix != ".safetensors":
                 shutil.copyfile(file, partial / file.name)
                 continue
-            tensors, metadata, found = _with_deltas(file, artifact.deltas)
+            tensors, metadata, found = _with_deltas(file, artifact.deltas, places, aliases)
             used |= found
             save_file(tensors, partial / file.name, metadata=metadata)
         if missing := set(artifact.deltas) - used:
@@ -342,15 +368,21 @@ def restore(
     return target
 
 
-def _with_deltas(file: Path, deltas: dict[str, Delta]) -> tuple[dict[str, torch.Tensor], dict[str, str], set[str]]:
+def _with_deltas(
+    file: Path, deltas: dict[str, Delta], places: dict[tuple[str, str], str], aliases: dict[str, str]
+) -> tuple[dict[str, torch.Tensor], dict[str, str], set[str]]:
+    """The tensors of a file with the deltas added, its metadata, and which deltas were.
+
+    `places` gives the name of the weight a file holds under a key. What is not there may be a copy of a tied weight, or a
+    second file of the same weights: `aliases` has every name and the weight it stands for.
+    """
     tensors, used = {}, set()
     with safe_open(file, framework="pt") as opened:
         metadata = opened.metadata() or {"format": "pt"}
         for key in opened.keys():  # noqa: SIM118 - not a dict
             tensors[key] = opened.get_tensor(key)
-            # A checkpoint of the bare model lacks the prefix its wrapped form has.
-            name = next((name for name in deltas if name == key or name.endswith("." + key)), None)
-            if name is not None:
+            name = places.get((file.name, key), aliases.get(key))
+            if name in deltas:
                 wide = tensors[key].float() + torch.from_numpy(deltas[name].dense())
                 tensors[key] = wide.to(tensors[key].dtype)
                 used.add(name)
@@ -372,11 +404,13 @@ def read_weights(file: Path) -> tuple[dict[str, Delta], np.ndarray]:
             if key is None:
                 raise BlobError(f"{file} holds no tensor {BLOB_KEY!r}: it is not an OSD delta.")
             blob = opened.get_tensor(key)
-            errors = opened.get_tensor(ERROR_KEY).float().numpy() if ERROR_KEY in keys else None
+            errors = opened.get_tensor(ERROR_KEY) if ERROR_KEY in keys else None
     except SafetensorError as error:
         raise BlobError(f"{file} cannot be read ({error}): it is truncated or damaged; download it again.") from None
     deltas = decode_tensor(blob)
-    return deltas, np.zeros(len(deltas)) if errors is None or len(errors) != len(deltas) else errors
+    if errors is None or errors.shape != (len(deltas),) or not errors.is_floating_point():
+        return deltas, np.zeros(len(deltas))
+    return deltas, errors.float().nan_to_num(0.0, 0.0, 0.0).numpy()
 
 
 def decode_tensor(blob: torch.Tensor) -> dict[str, Delta]:

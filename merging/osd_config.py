@@ -29,8 +29,8 @@ class OSDConfig(MethodConfig, PeftConfig):
             The budget as a rank: the bytes of dense float32 factors of that rank in every matrix.
         codec (`str`, defaults to `"auto"`):
             `"factors"`: low-rank factors with a few bits a value; `"sparse"`: sparse factors of a higher rank;
-            `"signs"`: signs at seeded places. `"auto"` takes signs where the base drowns their noise and factors
-            elsewhere; with calibration data it takes what measures best.
+            `"signs"`: signs at seeded places. `"auto"` takes factors for the kinds of layers whose deltas are of low
+            rank and signs for all others; with calibration data it takes what measures best.
         values (`str`, defaults to `"auto"`):
             Type of the values of factors: `"fp32"`, `"bf16"`, `"int8"` to `"int1"`. `"auto"` gives each column 1 to 4
             bits by what they save, and sparse factors 4.
@@ -50,8 +50,9 @@ class OSDConfig(MethodConfig, PeftConfig):
             `"exact"` takes the Gram matrix instead.
         power_iterations (`int`, defaults to 4):
             Of the randomised decomposition.
-        noise_limit (`float`, defaults to 0.15):
-            Signs are used where their noise is at most this share of the base weight, both as root mean squares.
+        noise_limit (`float`, defaults to 0.5):
+            Signs are made smaller where their noise would exceed this share of the base weight, both as root mean
+            squares.
         other_tensors (`str`, defaults to `"auto"`):
             Norms, biases and embeddings: `"code"`, `"drop"`, or `"auto"`: by measured importance with data, by relative
             change without.
@@ -83,7 +84,7 @@ class OSDConfig(MethodConfig, PeftConfig):
     refit_steps: int = 3
     svd: Literal["randomized", "exact"] = "randomized"
     power_iterations: int = 4
-    noise_limit: float = 0.15
+    noise_limit: float = 0.5
     other_tensors: Literal["auto", "code", "drop"] = "auto"
     calibration_samples: int = 128
     seed: int = 0

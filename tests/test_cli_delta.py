@@ -72,13 +72,13 @@ def test_compress_keeps_the_budget_and_says_what_it_did(folders, tmp_path, capsy
     out = tmp_path / "deep" / "out"
     code, said, _ = run(capsys, "compress", *folders, out, "--budget", "12KB")
     assert code == 0
-    assert 0.9 * BUDGET < size_of(out) <= BUDGET
-    lines = {line[:44].strip(): line[44:].strip() for line in said.splitlines() if line}
-    assert f"bytes before {sum(p.nbytes for p in tiny_model('llama').parameters()):,} bytes" in " ".join(said.split())
-    assert f"bytes after {size_of(out):,} bytes" in " ".join(said.split())
+    assert 0.8 * BUDGET < size_of(out) <= BUDGET
+    said = " ".join(said.split())
+    assert f"bytes before {sum(weight.nbytes for weight in tiny_model('llama').parameters()):,} bytes" in said
+    assert f"bytes after {size_of(out):,} bytes" in said
     assert "relative error, q_proj" in said
     assert "norms, biases and embeddings" in said
-    assert "form" in lines or "form " in said
+    assert said.startswith(f"form {read_artifact(out).config['form']} other tensors")
     assert "recovery" not in said
 
 
@@ -119,7 +119,9 @@ def test_inspect_has_a_line_per_tensor_and_the_sums(compressed, capsys):
         assert f"{line['bytes']:,}" in shown
         assert f"{line['error']:.3f}" in shown
     total = sum(line["bytes"] for line in artifact.table())
-    expected = f"{len(artifact.deltas)} tensors, {total:,} bytes; with headers and settings {size_of(compressed):,} bytes"
+    expected = (
+        f"{len(artifact.deltas)} tensors, {total:,} bytes; with headers and settings {size_of(compressed):,} bytes"
+    )
     assert expected in said
     assert "base: " in said
 

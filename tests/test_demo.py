@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import DynamicCache, PreTrainedTokenizerFast
 
 import hf_ext
-from hf_ext import demo
+from hf_ext import demo, demo_delta
 from hf_ext.cache_impls.ojakv import OjaKVLayer
 from hf_ext.cli import main
 from hf_ext.errors import MissingPackageError
@@ -265,8 +265,9 @@ def test_the_command_writes_three_files_and_returns_zero(tiny_run, tmp_path, cap
     pytest.importorskip("matplotlib")
     assert main(["demo", "--model", "some/tiny", "--quick", "--out", str(tmp_path / "deep" / "out")]) == 0
     names = sorted(path.name for path in (tmp_path / "deep" / "out").iterdir())
-    assert names == ["demo.json", "memory_speed.png", "report.html"]
-    assert read_rows(tmp_path / "deep" / "out" / "demo.json")
+    assert names == ["delta", "demo.json", "memory_speed.png", "report.html"]
+    rows = read_rows(tmp_path / "deep" / "out" / "demo.json")
+    assert {row.system for row in rows} == {*demo.SYSTEMS, "base", "fine-tuned", "compressed"}
     out = capsys.readouterr().out
     assert "ms a token" in out
     assert "MB in files" in out
@@ -283,7 +284,7 @@ def test_without_matplotlib_there_is_a_report_and_a_hint(tiny_run, tmp_path, cap
 
     monkeypatch.setattr(builtins, "__import__", without)
     assert demo.run(model="some/tiny", out=tmp_path, quick=True) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["demo.json", "report.html"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["delta", "demo.json", "report.html"]
     assert "pip install matplotlib" in (tmp_path / "report.html").read_text()
     assert "pip install matplotlib" in capsys.readouterr().out
 
@@ -300,6 +301,58 @@ def test_an_exact_cache_that_answers_differently_is_a_failure(tiny_run, tmp_path
     monkeypatch.setattr(demo, "measure", wrong)
     assert demo.run(model="some/tiny", out=tmp_path, quick=True) == 1
     assert "answered differently" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def delta_run(model, tokenizer, articles, tmp_path_factory):
+    rows = [{"text": text, "topic": f"topic {number % 3}"} for number, text in enumerate(articles * 3)]
+    folder, text = tmp_path_factory.mktemp("demo") / "delta", io.StringIO()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo_delta, "LEARNING_RATE", 1e-3)
+        found = demo_delta.run(model, tokenizer, rows, folder, True, Console(file=text, width=160), "tiny")
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], weight) for name, weight in after.items())
+    return {(row.system, row.metric): row.value for row in found}, folder, text.getvalue()
+
+
+def test_the_compressed_fine_tune_is_nearer_to_the_fine_tuned_model_than_the_base_is(delta_run):
+    rows, folder, _ = delta_run
+    assert rows["fine-tuned", "divergence"] == 0
+    assert rows["compressed", "divergence"] < 0.5 * rows["base", "divergence"]
+    assert rows["fine-tuned", "answer NLL"] < rows["base", "answer NLL"]
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    assert rows["compressed", "bytes"] * 1e6 == size <= demo_delta.BUDGET
+
+
+def test_what_would_be_pushed_is_listed_and_the_answers_are_shown(delta_run):
+    _, folder, text = delta_run
+    for path in folder.iterdir():
+        assert f"{path.name:32s} {path.stat().st_size:>12,} bytes" in text
+    assert "README.md" in text
+    assert demo_delta.REPO_ID in text
+    assert "Right: topic " in text
+
+
+def test_only_answers_are_trained_on_and_none_is_held_out(tokenizer, articles):
+    rows = [{"text": text, "topic": "sports"} for text in articles]
+    found = demo_delta.make_examples(tokenizer, rows, 12)
+    assert len(found) == len({tuple(one.prompt[0].tolist()) for one in found}) == 12
+    for one in found:
+        inputs = one.inputs()
+        kept = inputs["labels"] != -100
+        assert tokenizer.decode(inputs["input_ids"][kept]) == " sports"
+        assert tokenizer.decode(one.prompt[0]).endswith("\nTopic:")
+        assert inputs["labels"].shape == inputs["input_ids"].shape
+
+
+def test_without_peft_the_demo_says_so_and_ends_well(model, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo_delta, "find_spec", lambda name: None)
+    text = io.StringIO()
+    assert demo_delta.run(model, tokenizer, [], tmp_path / "delta", True, Console(file=text, width=160), "tiny") == []
+    assert "pip install peft" in text.getvalue()
+    assert not (tmp_path / "delta").exists()
 
 
 def test_a_missing_package_is_named_by_the_command(monkeypatch, tmp_path, capsys):
@@ -319,7 +372,11 @@ def test_the_real_model_answers_the_same_from_the_exact_cache(smollm2, tmp_path,
     monkeypatch.setattr(demo, "QUICK_CONTEXT", 1024)
     monkeypatch.setattr(demo, "QUICK_SWEEP", (256,))
     assert demo.run(model=None, out=tmp_path, quick=True) == 0
-    rows = {(row.system, row.metric): row.value for row in read_rows(tmp_path / "demo.json") if "1024" in row.setting}
+    written = read_rows(tmp_path / "demo.json")
+    rows = {(row.system, row.metric): row.value for row in written if "1024" in row.setting}
+    tuned = {(row.system, row.metric): row.value for row in written if "fine-tune" in row.setting}
+    assert tuned["compressed", "bytes"] <= 0.25
+    assert tuned["compressed", "divergence"] < 0.5 * tuned["base", "divergence"]
     assert rows["dense", "answer right"] == rows["packed", "answer right"] == 1
     assert rows["ojakv 0.4", "cache over dense"] < 0.42
     # A guess among ten digits would lose 2.3.

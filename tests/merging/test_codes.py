@@ -142,7 +142,9 @@ def test_integers_are_the_nearest_levels_of_a_good_step(bits):
                 best = min(best, (np.abs(kept[:, None] - grid).min(1) ** 2).sum())
             found = ((decoded[row] - columns[row])[counted[row]].astype(np.float64) ** 2).sum()
             # Eight bits lose so little that the coarse search is enough.
-            assert found <= (1.12 if bits < 8 else 1.5) * best, f"{bits} bits, row {row}: {found / best:.3f} of the best"
+            assert found <= (1.12 if bits < 8 else 1.5) * best, (
+                f"{bits} bits, row {row}: {found / best:.3f} of the best"
+            )
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])

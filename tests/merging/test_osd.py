@@ -212,6 +212,25 @@ def test_refit_equals_least_squares_row_by_row():
     torch.testing.assert_close(whole, osd.refit_left(delta, right, torch.ones(10, 5).bool()), rtol=1e-5, atol=1e-6)
 
 
+def test_refit_in_pieces_is_the_refit(monkeypatch):
+    delta, right, mask = _random(50, 14), _random(14, 5, seed=1), _random(50, 5, seed=2) > 0
+    whole = osd.refit_left(delta, right, mask)
+    for rows in (1, 7, 49):
+        monkeypatch.setattr(osd, "_SYSTEMS", rows * 25)
+        torch.testing.assert_close(osd.refit_left(delta, right, mask), whole, rtol=1e-6, atol=1e-7)
+
+
+def test_refit_of_many_rows_takes_little_memory():
+    """60,000 rows at rank 40 are 768 MB of systems, if all are made at once."""
+    import resource
+
+    delta, right = torch.ones(60_000, 4), _random(4, 40, seed=1)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    osd.refit_left(delta, right, torch.ones(60_000, 40, dtype=torch.bool))
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    assert grown < 500, f"{grown:.0f} MiB"
+
+
 def test_refit_survives_empty_dependent_and_tiny_columns():
     delta = 1e-6 * _random(10, 14)
     right = _random(14, 4, seed=1)

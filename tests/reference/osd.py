@@ -233,4 +233,3 @@ def _read_mask(reader: _Bytes, count: int) -> list[bool]:
             mask[at] = True
             at += 1
     return mask
-

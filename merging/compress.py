@@ -43,7 +43,10 @@ OTHER_DIVERGENCE = 0.001
 # Kinds of layers whose deltas factors hold to this share of their energy become factors without data.
 CAPTURED = 0.75
 MOSTLY_ZERO = 0.5
-EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "shared", "lm_head", "embed_out")
+EMBEDDINGS = (
+    *("embed_tokens", "embed_in", "wte", "word_embeddings", "shared", "lm_head", "embed_out"),
+    *("wpe", "embed_positions", "position_embeddings", "token_type_embeddings"),
+)
 
 
 @dataclass(frozen=True)

@@ -146,14 +146,14 @@ def fit_signs(delta: Tensor, density: float, seed: int, noise: float) -> tuple[S
         density -= 1
         if count == 0:
             break
-        places = torch.from_numpy(seeded_places(seed + len(terms), count, size))
+        places = torch.from_numpy(seeded_places((seed + len(terms)) % 2**32, count, size))
         values = rest[places]
         negative = (values < 0) | ((values == 0) & (places % 2 == 1))
         magnitude = float(values.abs().mean(dtype=torch.float64))
         if magnitude == 0:
             break
         rest[places] -= torch.where(negative, -magnitude, magnitude)
-        terms.append(SignTerm(seed + len(terms), magnitude, negative.numpy()))
+        terms.append(SignTerm((seed + len(terms)) % 2**32, magnitude, negative.numpy()))
     if not terms:
         return ()
     scale = osd.unbiased_scale(flat, flat - rest, noise)

@@ -33,7 +33,7 @@ IMPORTANCE = ("magnitude", "energy", "taylor1", "taylor", "fisher")
 # Share of a normal column's energy that a quantiser of so many bits loses.
 DISTORTION = {1: 0.363, 2: 0.1188, 3: 0.0375, 4: 0.0115, 8: 7.4e-5, 16: 3e-6, 32: 0.0}
 _EXACT_SIDE = 2048
-_SYSTEMS = 1 << 22  # numbers in the systems that are solved together
+_SYSTEMS = 1 << 20  # numbers in the systems that are solved together
 
 
 def truncated_svd(

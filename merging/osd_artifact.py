@@ -159,7 +159,7 @@ class OSDArtifact:
         manifest = read_artifact(folder) if (folder / "artifact.json").is_file() else None
         reports = tuple(
             TensorReport(name, name.split(".")[-2] if "." in name else name, 1.0, float(error) ** 2)
-            for name, error in zip(deltas, errors)
+            for name, error in zip(deltas, () if errors is None else errors)
         )
         numbers = {row.what: row.value for row in manifest.measured} if manifest else {}
         said = {key: str(manifest.config.get(key, "")) if manifest else "" for key in ("form", "other tensors")}
@@ -389,8 +389,8 @@ def _with_deltas(
     return tensors, metadata, used
 
 
-def read_weights(file: Path) -> tuple[dict[str, Delta], np.ndarray]:
-    """Deltas and the relative error of each (zeros where it was not stored).
+def read_weights(file: Path) -> tuple[dict[str, Delta], np.ndarray | None]:
+    """Deltas and the relative error of each, if it was stored.
 
     Raises:
         `ArtifactError`: no such file. `BlobError`: it is not one of ours.
@@ -409,7 +409,7 @@ def read_weights(file: Path) -> tuple[dict[str, Delta], np.ndarray]:
         raise BlobError(f"{file} cannot be read ({error}): it is truncated or damaged; download it again.") from None
     deltas = decode_tensor(blob)
     if errors is None or errors.shape != (len(deltas),) or not errors.is_floating_point():
-        return deltas, np.zeros(len(deltas))
+        return deltas, None
     return deltas, errors.float().nan_to_num(0.0, 0.0, 0.0).numpy()
 
 

@@ -1,7 +1,5 @@
 """The mathematics of OSD against loops, theorems and autograd."""
 
-import math
-
 import pytest
 import torch
 
@@ -228,7 +226,7 @@ def test_refit_of_many_rows_takes_little_memory():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     osd.refit_left(delta, right, torch.ones(60_000, 40, dtype=torch.bool))
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    assert grown < 500, f"{grown:.0f} MiB"
+    assert grown < 400, f"{grown:.0f} MiB"
 
 
 def test_refit_survives_empty_dependent_and_tiny_columns():
@@ -269,33 +267,58 @@ def test_refitted_factors_are_balanced():
 # Signs
 
 
-def test_sign_magnitude_is_unbiased_and_the_mean_magnitude_is_not():
-    delta = _random(4000).double() * torch.linspace(0.2, 3, 4000).double()
-    mean_abs, mean_square = float(delta.abs().mean()), float(delta.pow(2).mean())
-    energy = float(delta.pow(2).sum())
-    for density in (0.02, 0.2):
-        magnitude = osd.sign_magnitude(mean_abs, mean_square, density)
-        generator = torch.Generator().manual_seed(0)
-        found = []
-        for _ in range(400):
-            kept = torch.randperm(4000, generator=generator)[: int(4000 * density)]
-            found.append(float(delta[kept].abs().sum() * magnitude))
-        found = torch.tensor(found)
-        standard_error = float(found.std()) / 20
-        assert abs(float(found.mean()) - energy) < 4 * standard_error
-        plain = found * (mean_abs / density) / magnitude
-        assert float(plain.mean()) < energy - 20 * standard_error
-        assert float(plain.mean()) / energy == pytest.approx(mean_abs**2 / mean_square, abs=0.02)
+def _signs(delta, density, generator):
+    """Signs at random places, all of the mean magnitude there: the usual one-bit code."""
+    kept = torch.randperm(len(delta), generator=generator)[: int(len(delta) * density)]
+    coarse = torch.zeros_like(delta)
+    coarse[kept] = delta[kept].sign() * delta[kept].abs().mean()
+    return coarse
 
 
-def test_noise_ratio_is_the_measured_size_of_the_signs_beside_the_weight():
-    delta, weight = 0.01 * _random(10_000), _random(10_000, seed=1)
-    mean_abs, mean_square = float(delta.abs().mean()), float(delta.pow(2).mean())
-    decoded = torch.zeros(10_000)
-    decoded[::20] = delta[::20].sign() * osd.sign_magnitude(mean_abs, mean_square, 0.05)
-    found = osd.noise_ratio(mean_abs, mean_square, 0.05, float(weight.pow(2).mean()))
-    assert found == pytest.approx(float(decoded.norm() / weight.norm()), rel=1e-4)
-    assert math.isfinite(osd.noise_ratio(mean_abs, mean_square, 0.05, 0.0))
+def test_the_unbiased_scale_keeps_the_inner_product_and_plain_signs_do_not():
+    delta = _random(4000) * torch.linspace(0.2, 3, 4000)
+    energy = float(delta.double().pow(2).sum())
+    generator = torch.Generator().manual_seed(0)
+    for density in (0.02, 0.2, 1.0):
+        coarse = _signs(delta, density, generator)
+        scale = osd.unbiased_scale(delta, coarse)
+        assert float((scale * coarse * delta).double().sum()) == pytest.approx(energy, rel=1e-5)
+        # The mean magnitude keeps the share E|d|^2 / E[d^2] of what lies at its places, and nothing elsewhere.
+        assert float((coarse * delta).double().sum()) < 0.75 * density * energy
+
+
+def test_over_many_draws_the_scaled_code_is_the_delta():
+    """Each weight comes back as itself or nearly so: what is left over is noise, and falls with the root of the draws."""
+    delta = 1 + _random(400).abs()
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.stack(
+        [(code := _signs(delta, 0.25, generator)) * osd.unbiased_scale(delta, code) for _ in range(3000)]
+    )
+    along = draws @ delta / delta.pow(2).sum()
+    assert float(along.mean()) == pytest.approx(1, abs=1e-4)
+    # Every place gets the same magnitude, so the mean is flat: E[d^2] / E|d|.
+    expected = float(delta.pow(2).mean() / delta.mean())
+    spread = float(draws.std(0).mean()) / 3000**0.5
+    assert float((draws.mean(0) - expected).abs().max()) < 5 * spread
+    assert abs(float(draws.mean()) - expected) < 0.02 * expected
+
+
+def test_the_unbiased_scale_stops_at_the_noise_that_is_allowed():
+    delta = _random(1000)
+    coarse = _signs(delta, 0.05, torch.Generator().manual_seed(1))
+    free = osd.unbiased_scale(delta, coarse)
+    rms = float((free * coarse).pow(2).mean().sqrt())
+    assert osd.unbiased_scale(delta, coarse, noise=1.01 * rms) == pytest.approx(free)
+    limited = osd.unbiased_scale(delta, coarse, noise=0.3 * rms)
+    assert float((limited * coarse).pow(2).mean().sqrt()) == pytest.approx(0.3 * rms, rel=1e-4)
+
+
+def test_the_unbiased_scale_of_the_delta_is_one_and_of_nothing_is_zero():
+    delta = _random(1000)
+    assert osd.unbiased_scale(delta, delta) == pytest.approx(1)
+    assert osd.unbiased_scale(delta, -delta) == 0
+    assert osd.unbiased_scale(delta, torch.zeros(1000)) == 0
+    assert osd.unbiased_scale(torch.zeros(1000), delta) == 0
 
 
 # Allocation of bits

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_ext.errors import ConfigError
-from hf_ext.log import get_logger
+from hf_ext.log import get_logger, warn_once
 from hf_ext.merging import osd
 from hf_ext.merging.blob import Delta
 from hf_ext.merging.calibrate import Calibration
@@ -148,7 +148,8 @@ class _Compression:
         budget = self._budget(moved)
         others, choice = self._others(moved, measure, budget)
         if measure is not None and config.codec == "sparse" and config.importance not in ("magnitude", "energy"):
-            self.gradients = measure.gradients([item.name for item in moved], config.importance)
+            score = "taylor" if config.importance == "auto" else config.importance
+            self.gradients = measure.gradients([item.name for item in moved], score)
         forms = self._forms(moved, others, budget, measure is not None)
         artifacts = [(form, self._fill(form, budget, choice)) for form in forms]
         if measure is not None:
@@ -167,6 +168,10 @@ class _Compression:
     def _walk(self) -> list[TensorStats]:
         found = []
         for entry, delta in self._bar(iter_deltas(self.base, self.tuned), len(self.entries), "reading"):
+            if delta.dim() == 0 or delta.numel() == 0:
+                if delta.numel() and delta.item():
+                    warn_once(_logger, f"{entry.name} is a single number and is left out of the delta.")
+                continue
             weight = self.base.tensor(entry.name).float()
             numbers = (
                 delta.abs().mean(dtype=torch.float64),
@@ -234,7 +239,7 @@ class _Compression:
         # Beside factors, what the others are worth a byte decides; nothing has to be left out beforehand.
         rest = [item for item in self._changed_others() if self.config.other_tensors != "drop"]
         signs = Form("signs", everything, aside)
-        factors = Form("factors", [], moved + rest)
+        factors = Form("sparse factors" if codec == "sparse" else "factors", [], moved + rest)
         if codec != "auto":
             return [signs if codec == "signs" else factors]
         low = self._low_rank_kinds(everything, budget)
@@ -267,9 +272,13 @@ class _Compression:
         return {kind for kind, shares in captured.items() if min(shares) >= CAPTURED}
 
     def _best(self, forms: list, budget: int, choice: str, measure: Calibration) -> list:
-        """The form with the smallest measured divergence."""
+        """The first form, unless another one leaves less than half of its measured divergence.
+
+        Divergence counts the noise of signs in full, also where it changes no answer, and so leans to factors.
+        """
         found = [(measure.divergence(deltas), form, deltas) for form, deltas in forms]
         best = min(found, key=lambda item: item[0])
+        best = found[0] if 2 * best[0] > found[0][0] else best
         for divergence, form, _ in found:
             _logger.info("%s: divergence %.4f", form.label, divergence)
         return [best[1:]]
@@ -282,21 +291,25 @@ class _Compression:
         filler = tuple(TensorReport(item.name, item.kind, 1.0, 0.5) for item in self.stats if item.mean_abs)
         known = {"reports": filler, "recovery": 0.9999}
         empty = self._artifact({}, form, choice, **known).nbytes()
-        room, best = budget - empty, None
-        for _ in range(6):
-            if room <= 0:
-                break
+        room, low, high, best, largest = budget - empty, 0, budget, None, 0
+        for _ in range(14 if room > 0 else 0):
             deltas = self._encode(form, room)
             size = self._artifact(deltas, form, choice, **known).nbytes()
             if size <= budget:
-                best = deltas
-                if size >= 0.995 * budget:
-                    break
-            room += budget - size - (8 if size > budget else 0)
+                low = room
+                if deltas and size > largest:
+                    best, largest = deltas, size
+            else:
+                high = room
+            if 0.995 * budget <= size <= budget or high - low < 16:
+                break
+            room += budget - size
+            if not low < room < high:
+                room = (low + high) // 2
         if not best:
             raise ConfigError(
                 f"OSDConfig.budget={budget} bytes does not hold a single entry: headers and configs take {empty} bytes; "
-                f"use at least {empty + 1000}."
+                f"use at least {empty + 1000}, or more if columns are wide."
             )
         return best
 
@@ -322,9 +335,7 @@ class _Compression:
                 item = wanted[entry.name]
                 matrix = delta.reshape(item.sides)
                 if entry.name in as_signs:
-                    fresh[entry.name] = fit_signs(
-                        matrix, density, self._seed(entry.name), config.noise_limit * item.weight_square**0.5
-                    )
+                    fresh[entry.name] = fit_signs(matrix, density, self._seed(entry.name), _noise_limit(config, item))
                 else:
                     form.fitted[entry.name, repr(plan[entry.name])] = self._fit(item, matrix, plan[entry.name])
         for name in order:
@@ -382,9 +393,9 @@ class _Compression:
         config, spectrum = self.config, self.spectra[item.name]
         if config.codec != "sparse":
             return fit_factors(matrix, spectrum, plan, config.refit_steps)
-        score = config.importance
-        if score == "auto":
-            score = "taylor" if item.name in self.gradients else "magnitude"
+        score = "taylor" if config.importance == "auto" else config.importance
+        if item.name not in self.gradients and score not in ("magnitude", "energy"):
+            score = "magnitude"  # without data, and for embeddings
         return fit_sparse(
             matrix,
             spectrum,
@@ -447,6 +458,11 @@ class _Compression:
         artifact = self._artifact(deltas, form, choice, reports=tuple(reports), recovery=recovery)
         _logger.info("%s; %s", form.label, choice)
         return artifact
+
+
+def _noise_limit(config: OSDConfig, item: TensorStats) -> float:
+    """Root mean square a delta of signs may have; a base of zeros says nothing about it."""
+    return config.noise_limit * item.weight_square**0.5 if item.weight_square else float("inf")
 
 
 def _endings(modules: set[str]) -> list[str]:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from hf_ext.merging import osd
-from hf_ext.merging.blob import FLOATS, Factor, LowRankTerm, SignTerm, seeded_places, term_size
-from hf_ext.merging.codes import SPARSEST, VALUE_BITS, quantize
+from hf_ext.merging.blob import FLOATS, Factor, LowRankTerm, SignTerm, seeded_places
+from hf_ext.merging.codes import SPARSEST, VALUE_BITS, encode_mask, packed_size, quantize
 
 
 MAX_SIGN_TERMS = 8
@@ -93,7 +93,7 @@ def fit_sparse(
     bits = VALUE_BITS[values]
     rank = nbytes * 8 // ((n + d) * bits) if flat_index else int((nbytes - 24) * 8 / ((n + d) * bits))
     grid = [0, -(-rank // 2), rank, 2 * rank, 4 * rank] if relaxations is None else relaxations
-    best, lowest = (), float(delta.pow(2).sum())
+    best, lowest = None, float(delta.pow(2).sum())
     for width in sorted({min(max(rank, 1) + extra, len(spectrum.sigma)) for extra in grid}):
         if width == 0:
             continue
@@ -101,28 +101,28 @@ def fit_sparse(
         scores = osd.importance(score, left, right, gradient)
         full = width * (n + d)
 
-        def build(count: int, rounds: int, left=left, right=right, scores=scores) -> LowRankTerm:
-            mask_left, mask_right = osd.select(*scores, count, joint)
-            one, other = left * mask_left, right * mask_right
-            if rounds:
-                one, other = osd.refit(delta, left, right, mask_left, mask_right, rounds)
-            return LowRankTerm(_factor(one, bits, mask_left), _factor(other, bits, mask_right))
-
+        masks = osd.Selection(*scores, joint=joint)
         if flat_index:
             if width <= rank:
                 count = full  # c = 0 is dense and needs no index
             else:
-                count = _most(lambda c, s=scores, w=width: _paper_bytes(s, c, joint, n, d, w) <= nbytes, full)
+                count = _most(lambda c, m=masks, w=width: osd.paper_bits(n, d, w, *m.kept(c)) <= 8 * nbytes, full)
         else:
-            # Places decide the size, values do not: no need to refit for each count that is tried.
-            count = _most(lambda c, b=build: term_size(b(c, 0)) <= nbytes, full)
+            # Places decide the size, values do not.
+            count = _most(lambda c, m=masks: _sparse_size(m(c), bits) <= nbytes, full)
         if count < max(2, -(-full // SPARSEST)):
             continue
-        term = build(count, refit_steps)
-        error = squared_error(delta, *(torch.from_numpy(side.decode().T) for side in (term.left, term.right)))
+        mask_left, mask_right = masks(count)
+        error = squared_error(delta, left * mask_left, right * mask_right)
         if error < lowest:
-            best, lowest = (term,), error
-    return best
+            best, lowest = (left, right, mask_left, mask_right), error
+    if best is None:
+        return ()
+    left, right, mask_left, mask_right = best
+    one, other = left * mask_left, right * mask_right
+    if refit_steps:
+        one, other = osd.refit(delta, *best, refit_steps)
+    return (LowRankTerm(_factor(one, bits, mask_left), _factor(other, bits, mask_right)),)
 
 
 def fit_signs(delta: Tensor, density: float, seed: int, noise: float) -> tuple[SignTerm, ...]:
@@ -160,9 +160,13 @@ def fit_signs(delta: Tensor, density: float, seed: int, noise: float) -> tuple[S
     return tuple(term.scaled(scale) for term in terms)
 
 
-def _paper_bytes(scores: tuple[Tensor, Tensor], count: int, joint: bool, n: int, d: int, width: int) -> float:
-    masks = osd.select(*scores, count, joint)
-    return osd.paper_bits(n, d, width, int(masks[0].sum()), int(masks[1].sum())) / 8
+def _sparse_size(masks: tuple[Tensor, Tensor], bits: int) -> int:
+    """Bytes of a term with these masks: heads, steps, masks and values."""
+    size = 5
+    for mask in masks:
+        steps = 0 if bits in FLOATS else 2 * mask.shape[1]
+        size += steps + len(encode_mask(mask.T.reshape(-1).numpy())) + packed_size(int(mask.sum()), bits)
+    return size
 
 
 def _most(fits, top: int) -> int:

@@ -111,33 +111,48 @@ def importance(score: str, left: Tensor, right: Tensor, gradient: Tensor | None 
     raise ValueError(f"importance={score!r} is unknown; use one of {', '.join(IMPORTANCE)}.")
 
 
-def select(left: Tensor, right: Tensor, count: int, joint: bool = True) -> tuple[Tensor, Tensor]:
-    """Masks of the `count` most important entries.
+class Selection:
+    """Masks of the most important entries, for any number of survivors, from one ranking.
 
     Args:
         left, right (`Tensor`): scores `(n, k)`, `(d, k)`.
-        count (`int`): how many entries survive in both together.
         joint (`bool`): one ranking over both factors; else each factor gets its share `n : d` and a ranking of its own.
-
-    Returns:
-        `tuple[Tensor, Tensor]`: bool, `(n, k)` and `(d, k)`. Among equals the left factor comes first, then the lower
-        place, columns being laid one after the other.
+            Among equals the left factor comes first, then the lower place, columns being laid one after the other.
     """
 
-    def top(scores: Tensor, amount: int) -> Tensor:
-        mask = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
-        mask[torch.argsort(scores, descending=True, stable=True)[:amount]] = True
-        return mask
+    def __init__(self, left: Tensor, right: Tensor, joint: bool = True) -> None:
+        flat = left.T.reshape(-1), right.T.reshape(-1)
+        self._shapes, self._joint = (left.T.shape, right.T.shape), joint
+        self._sizes = len(flat[0]), len(flat[1])
+        ranks = [_ranks(torch.cat(flat))] if joint else [_ranks(scores) for scores in flat]
+        self._ranks = ranks[0].split(self._sizes) if joint else ranks
 
-    flat_left, flat_right = left.T.reshape(-1), right.T.reshape(-1)
-    count = min(count, len(flat_left) + len(flat_right))
-    if joint:
-        mask = top(torch.cat([flat_left, flat_right]), count)
-        mask_left, mask_right = mask[: len(flat_left)], mask[len(flat_left) :]
-    else:
-        share = round(count * len(left) / (len(left) + len(right)))
-        mask_left, mask_right = top(flat_left, share), top(flat_right, count - share)
-    return mask_left.view_as(left.T).T, mask_right.view_as(right.T).T
+    def __call__(self, count: int) -> tuple[Tensor, Tensor]:
+        """Bool masks `(n, k)`, `(d, k)` of the best `count` entries."""
+        masks = [rank < limit for rank, limit in zip(self._ranks, self._limits(count))]
+        return masks[0].view(self._shapes[0]).T, masks[1].view(self._shapes[1]).T
+
+    def kept(self, count: int) -> tuple[int, int]:
+        """How many entries of either factor survive."""
+        limits = self._limits(count)
+        return int((self._ranks[0] < limits[0]).sum()), int((self._ranks[1] < limits[1]).sum())
+
+    def _limits(self, count: int) -> tuple[int, int]:
+        if self._joint:
+            return count, count
+        share = round(count * self._sizes[0] / sum(self._sizes))
+        return share, count - share
+
+
+def _ranks(scores: Tensor) -> Tensor:
+    """Place of each score in the order of decreasing scores."""
+    order = torch.argsort(scores, descending=True, stable=True)
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+
+
+def select(left: Tensor, right: Tensor, count: int, joint: bool = True) -> tuple[Tensor, Tensor]:
+    """`Selection(left, right, joint)(count)`: masks of the `count` most important entries, `(n, k)` and `(d, k)`."""
+    return Selection(left, right, joint)(count)
 
 
 def paper_bits(n: int, d: int, rank: int, kept_left: int, kept_right: int) -> int:
@@ -163,13 +178,14 @@ def refit_left(delta: Tensor, right: Tensor, mask: Tensor | None, ridge: float =
     eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     if mask is None:
         return torch.linalg.solve(gram + lam * eye, target.T).T.to(delta.dtype)
-    solved = []
+    solved, many = torch.empty(mask.shape, dtype=delta.dtype, device=delta.device), max(_SYSTEMS // len(gram) ** 2, 1)
     # A row is a system of its own; many at a time, but not so many that the systems outgrow the delta.
-    for rows, aim in zip(*(part.split(max(_SYSTEMS // len(gram) ** 2, 1)) for part in (mask.double(), target))):
+    for start in range(0, len(mask), many):
+        rows, aim = mask[start : start + many].double(), target[start : start + many]
         # Outside the mask the matrix is the identity and the target zero: one batched solve for rows of any support.
         systems = gram * rows[:, :, None] * rows[:, None, :] + torch.diag_embed(lam * rows + (1 - rows))
-        solved.append(torch.linalg.solve(systems, (aim * rows)[:, :, None])[:, :, 0])
-    return torch.cat(solved).to(delta.dtype)
+        solved[start : start + many] = torch.linalg.solve(systems, (aim * rows)[:, :, None])[:, :, 0]
+    return solved
 
 
 def refit(delta: Tensor, left: Tensor, right: Tensor, mask_left: Tensor, mask_right: Tensor, steps: int) -> tuple:

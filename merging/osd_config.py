@@ -54,8 +54,9 @@ class OSDConfig(MethodConfig, PeftConfig):
             Signs are made smaller where their noise would exceed this share of the base weight, both as root mean
             squares.
         other_tensors (`str`, defaults to `"auto"`):
-            Norms, biases and embeddings: `"code"`, `"drop"`, or `"auto"`: by measured importance with data, by relative
-            change without.
+            Norms, biases and embeddings: `"code"`, `"drop"`, or `"auto"`: beside signs by measured importance with data,
+            and without data embeddings always, norms and biases where they take little of the budget; beside factors by
+            energy a byte.
         calibration_samples (`int`, defaults to 128):
             Examples of the calibration data that are used, one at a time for gradients.
         seed (`int`, defaults to 0):

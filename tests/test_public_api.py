@@ -78,6 +78,7 @@ def _blocks(text: str) -> list[str]:
 
 
 @pytest.mark.real
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # of transformers to PEFT
 def test_every_python_block_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     blocks = _blocks((ROOT / "README.md").read_text())
     assert blocks, "the README shows no code"

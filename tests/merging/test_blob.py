@@ -530,6 +530,7 @@ def _fuzz(which, changes):
     _try(repacked(all_headers, all_bodies))
 
 
+@pytest.mark.slow
 def test_only_blob_errors_leave_the_decoder():
     tried.update(blobs=0, read=0)
     _fuzz()

@@ -95,7 +95,9 @@ def test_what_is_saved_fits_the_budget_and_fills_it(arch, codec, tmp_path):
         artifact.save_pretrained(folder)
         size = size_on_disk(folder)
         assert size <= budget
-        assert size >= 0.98 * budget, f"{size} of {budget} bytes used"
+        # A column of one bit is two to three percent of the smallest of these budgets.
+        least = 0.97 if codec == "factors" and budget < 10_000 else 0.98
+        assert size >= least * budget, f"{size} of {budget} bytes used"
         assert artifact.nbytes() == size
         after = {row.what: row.value for row in artifact.measured()}["bytes after"]
         assert after == size
@@ -421,3 +423,21 @@ def test_the_number_of_calibration_samples_is_a_limit(llama):
     assert encode(many.deltas) == encode(few.deltas)
     batch = {"input_ids": torch.cat([item["input_ids"] for item in texts(9)])}
     assert encode(compress(*llama, [batch], budget=9_000, calibration_samples=4).deltas) == encode(few.deltas)
+
+
+def test_a_weight_that_was_zero_in_the_base_still_gets_its_delta():
+    """Zero-initialised gates and adapters: a share of nothing is no limit for noise."""
+    base, tuned = MLP(1), MLP(2)
+    base.up.weight.data.zero_()
+    artifact = compress(base, tuned, budget=4_000, codec="signs")
+    assert artifact.deltas["up.weight"].dense().any()
+
+
+def test_an_empty_parameter_is_no_obstacle():
+    def model(seed):
+        module = MLP(seed)
+        module.unused = torch.nn.Parameter(torch.zeros(0, 8))
+        return module
+
+    artifact = compress(model(1), model(2), budget=4_000)
+    assert "unused" not in artifact.deltas

@@ -226,7 +226,7 @@ def test_refit_of_many_rows_takes_little_memory():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     osd.refit_left(delta, right, torch.ones(60_000, 40, dtype=torch.bool))
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    assert grown < 400, f"{grown:.0f} MiB"
+    assert grown < 200, f"{grown:.0f} MiB"
 
 
 def test_refit_survives_empty_dependent_and_tiny_columns():

@@ -83,11 +83,12 @@ class OSDModel(BaseTuner):
             deltas = decode(encode(deltas))
         except BlobError as error:
             raise ConfigError(f"weights={weights} give a sum that cannot be stored: {error}") from None
-        self.peft_config[adapter_name] = _joined([self.peft_config[name] for name in adapters])
+        configs: Any = self.peft_config
+        configs[adapter_name] = _joined([configs[name] for name in adapters])
         self.inject_adapter(self.model, adapter_name)
-        _load(self.model, adapter_name, self.peft_config[adapter_name], deltas, {}, check=False)
+        _load(self.model, adapter_name, configs[adapter_name], deltas, {}, check=False)
 
-    def _prepare_adapter_config(self, peft_config: OSDConfig, model_config: dict) -> OSDConfig:
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         if peft_config.target_modules is None and peft_config.extra_modules is None:
             raise ConfigError(
                 "OSDConfig.target_modules=None names no module: an OSD adapter is made by hf_ext.compress_delta and "
@@ -97,7 +98,7 @@ class OSDModel(BaseTuner):
             peft_config.target_modules = []
         return peft_config
 
-    def _prepare_model(self, peft_config: OSDConfig, model: nn.Module) -> None:
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Every refusal before anything is changed."""
         matched = {key: module for key, module in model.named_modules() if self._is_wanted(peft_config, key, module)}
         for key, module in matched.items():
@@ -124,14 +125,14 @@ class OSDModel(BaseTuner):
         return bool(_tensors(module)) and self._check_target_module_exists(peft_config, key)
 
     @staticmethod
-    def _check_target_module_exists(peft_config: OSDConfig, key: str) -> bool:
+    def _check_target_module_exists(peft_config: Any, key: str) -> bool:
         names = _names(peft_config)
         parts = key.split(".")
         return any(".".join(parts[start:]) in names for start in range(len(parts)))
 
     def _create_and_replace(
         self,
-        peft_config: OSDConfig,
+        peft_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -209,7 +210,8 @@ class OSDModel(BaseTuner):
             deltas = decode_tensor(by_end[BLOB_KEY])
             stored = by_end.get(ERROR_KEY)
             errors = dict(zip(deltas, stored.tolist())) if stored is not None and len(stored) == len(deltas) else {}
-            return _load(model, adapter_name, config, deltas, errors, check=not _any_base.get())
+            settings: Any = config
+            return _load(model, adapter_name, settings, deltas, errors, check=not _any_base.get())
         except Exception:
             _withdraw(model, adapter_name)
             raise

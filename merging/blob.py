@@ -230,7 +230,7 @@ def decode(blob: bytes) -> dict[str, Delta]:
         raise BlobError(f"the delta's header cannot be inflated ({error}): it is damaged.") from None
     if len(header) != inflated or not inflater.eof:
         raise BlobError(f"the delta's header does not inflate to the {inflated} bytes it declares: it is damaged.")
-    body = Reader(memoryview(blob)[_PREFIX.size + packed :])
+    body = Reader(blob[_PREFIX.size + packed :])
     deltas = {}
     for name, shape, terms in _read_header(header):
         if name in deltas:

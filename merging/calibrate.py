@@ -139,13 +139,12 @@ def _places(example: dict[str, Tensor], logits: Tensor) -> Any:
 def _loss(model: Any, example: dict[str, Tensor]) -> Tensor:
     device = next(model.parameters()).device
     inputs = {name: value.to(device) for name, value in example.items()}
-    labels = inputs.get("labels", inputs.get("input_ids"))
     if "labels" in inputs:
         return model(**inputs).loss
     logits = model(**inputs).logits
     if logits.dim() == 2:
         return F.cross_entropy(logits, logits.argmax(-1))
-    return F.cross_entropy(logits[0, :-1], labels[0, 1:])
+    return F.cross_entropy(logits[0, :-1], inputs["input_ids"][0, 1:])
 
 
 def _load(source: Any) -> Any:

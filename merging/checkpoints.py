@@ -189,6 +189,11 @@ class Checkpoint:
             return parts[-2]
         return {"weight": "norm", "bias": "bias"}.get(parts[-1], "other") if dims == 1 else "other"
 
+    def places(self) -> dict[tuple[str, str], str]:
+        """Name of each weight that lies in a file, by the file's name and its key there."""
+        stored = (self._stored or {}).items()
+        return {(item.path.name, item.key): name for name, item in stored if item.path}
+
     def same_bits(self, one: str, two: str) -> bool:
         """Whether two of the weights are stored with the same bits."""
         return _same_bits(self._find(one), self._find(two))

@@ -10,9 +10,11 @@ Shapes: as in `osd.py`.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -134,6 +136,7 @@ class _Compression:
         self.tuned = Checkpoint.open(tuned)
         self.config, self.progress = config, progress
         self.entries = {entry.name: entry for entry in delta_entries(self.base, self.tuned)}
+        self.loading = _loading(tuned)
         self.stats = self._walk()
         self.spectra: dict[str, Spectrum] = {}
         self.gradients: dict[str, Tensor] = {}
@@ -432,6 +435,7 @@ class _Compression:
             tied=tied or None,
             base_fingerprint=self._fingerprint(tuple(names)),
             base_model_name_or_path=self.base.source,
+            **self.loading,
             revision=self.base.revision,
             inference_mode=True,
         )
@@ -458,6 +462,19 @@ class _Compression:
         artifact = self._artifact(deltas, form, choice, reports=tuple(reports), recovery=recovery)
         _logger.info("%s; %s", form.label, choice)
         return artifact
+
+
+def _loading(tuned: Any) -> dict[str, Any]:
+    """What PEFT's auto classes need to know: the task, or the class of a model of another one."""
+    if isinstance(tuned, torch.nn.Module):
+        name, module = type(tuned).__name__, type(tuned).__module__.split(".")[0]
+    else:
+        path, module = Path(tuned) / "config.json", "transformers"
+        settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        name = (settings.get("architectures") or [""])[0]
+    if name.endswith(("ForCausalLM", "LMHeadModel")):
+        return {"task_type": "CAUSAL_LM"}
+    return {"auto_mapping": {"base_model_class": name, "parent_library": module}} if name else {}
 
 
 def _noise_limit(config: OSDConfig, item: TensorStats) -> float:

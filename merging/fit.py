@@ -140,7 +140,8 @@ def fit_signs(delta: Tensor, density: float, seed: int, noise: float) -> tuple[S
         parity, so that zeros cancel.
     """
     flat, size = delta.reshape(-1), delta.numel()
-    rest, terms = flat.clone(), []
+    rest = flat.clone()
+    terms: list[SignTerm] = []
     while density > 0 and len(terms) < MAX_SIGN_TERMS:
         count = size if density >= 1 else int(density * size) // 8 * 8
         density -= 1

@@ -33,7 +33,7 @@ from hf_ext.merging.osd_config import PEFT_TYPE, OSDConfig, own_settings
 
 WEIGHTS_NAME, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 BLOB_KEY, ERROR_KEY = "osd_blob", "osd_error"
-MAX_BLOB = 1 << 32
+NOTE = "signs keep the effect of a delta, not its distance: relative errors above 1 are expected"
 SNIPPET = """import hf_ext
 from peft import {auto}
 
@@ -219,10 +219,11 @@ class OSDArtifact:
         artifact = Artifact(
             method="osd",
             library_name="peft",
-            base_model=base if on_hub and not Path(base).exists() else None,
+            base_model=base if base and on_hub and not Path(base).exists() else None,
             base_revision=self.config.revision,
             config={key: value for key, value in own_settings(self.config).items() if value is not None}
-            | {"form": self.form, "other tensors": self.choice},
+            | {"form": self.form, "other tensors": self.choice}
+            | ({"note": NOTE} if "signs" in self.form else {}),
             measured=self.measured(after),
             snippet=SNIPPET.format(auto="AutoPeftModelForCausalLM" if causal else "AutoPeftModel"),
         )
@@ -346,7 +347,7 @@ def restore(
         raise ArtifactError(f"{target} is not empty; restore writes a new folder: give another one.")
     with Checkpoint.open(name, revision=None if base else artifact.config.revision) as opened:
         artifact.check_base(opened, force)
-        places = {(stored.path.name, stored.key): name for name, stored in opened._stored.items() if stored.path}
+        places = opened.places()
         aliases = {name: name for name in opened.names} | opened.tied
     folder = local_folder(name, None if base else artifact.config.revision, None)
     target.parent.mkdir(parents=True, exist_ok=True)

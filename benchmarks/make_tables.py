@@ -39,9 +39,18 @@ PAGES = {
         "end_to_end_bfloat16",
         "exactness",
     ),
+    "docs/methods/osd.md": (
+        "delta_quality_headlines",
+        "delta_quality_topics",
+        "delta_quality_small",
+        "delta_speed",
+    ),
 }
 # What writes the results that are not simply those of the script of their name.
 COMMANDS = {
+    "delta_quality_headlines": "delta_quality.py --task headlines",
+    "delta_quality_small": "delta_quality.py --task small",
+    "delta_quality_topics": "delta_quality.py --task topics",
     "end_to_end_bfloat16": "end_to_end.py --dtypes bfloat16 --rounds 1 --systems sentencekv hybridkv --out "
     "benchmarks/results/end_to_end_bfloat16.json",
     "end_to_end_float32": "end_to_end.py --dtypes float32 --out benchmarks/results/end_to_end_float32.json",
@@ -49,10 +58,10 @@ COMMANDS = {
     "'pca post-rope' snapkv 'snapkv + int8' streamingllm --out benchmarks/results/kv_quality_low.json",
 }
 # Systems whose name begins so are ours; all others are peers, and so is the form a paper published.
-OURS = ("packed", "ojakv", "sentencekv", "hybridkv")
-PUBLISHED = ("sentencekv paper",)
-# Neither ours nor peers: they read every key to choose.
-BOUNDS = ("dense", "oracle")
+OURS = ("packed", "ojakv", "sentencekv", "hybridkv", "osd")
+PUBLISHED = ("sentencekv paper", "osd, paper mode")
+# Neither ours nor peers: they read every key to choose, or store every number.
+DENSE, BOUNDS = "dense", ("oracle", "exact")
 # The end of a setting that is a budget, and so belongs to the system: peers of a fixed size have none.
 BUDGET = re.compile(r", (ratio [\d.]+)$")
 BYTES = "bytes"
@@ -84,6 +93,10 @@ HEADLINES = (
     Headline("hybridkv", "hybridkv", "retrieval_quality", "loss above dense", r"^BBC, .*budget 512$"),
     Headline("hybridkv", "hybridkv", "retrieval_quality", "loss of the code", r"^needles, question later, budget"),
     Headline("hybridkv", "hybridkv", "decode_speed", "speed over DynamicCache", r"32K, bfloat16", True),
+    Headline("osd", "osd", "delta_quality_headlines", "recovery", r", 50 kB$", True),
+    Headline("osd", "osd", "delta_quality_headlines", "recovery", r", 250 kB$", True),
+    Headline("osd", "osd", "delta_quality_topics", "recovery", r", 50 kB$", True),
+    Headline("osd", "osd", "delta_quality_small", "recovery", r", 24 kB$", True),
 )
 
 
@@ -101,7 +114,7 @@ def is_ours(row: Row) -> bool:
 
 
 def is_peer(row: Row) -> bool:
-    return not is_ours(row) and not row.system.startswith(BOUNDS)
+    return not is_ours(row) and row.system != DENSE and not row.system.startswith(BOUNDS)
 
 
 def is_measured(method: str, file: str, results: dict[str, list[Row]]) -> bool:

@@ -6,8 +6,8 @@ Recovery is `(loss of base - loss) / (loss of base - loss of tuned)` on held-out
 answer tokens at which the compressed model's first choice is the fine-tuned model's. Ours is measured from the files
 `save_pretrained` writes, all of them counted; peers from the bytes they encode, without headers or names, which favours
 them. Peers code the matrices of the blocks; what that alone can reach is the line "exact block deltas". A value is the
-mean over fine-tunes with different seeds, and the spread their standard deviation. The LoRA is trained on the task, not
-compressed from the fine-tune, and is listed to show what its bytes buy.
+mean over fine-tunes with different seeds, and the spread their standard deviation. A LoRA trained
+on the task is measured apart, by `delta_lora.py`.
 """
 
 from __future__ import annotations

@@ -43,6 +43,7 @@ PAGES = {
         "delta_quality_headlines",
         "delta_quality_topics",
         "delta_quality_small",
+        "delta_lora",
         "delta_speed",
     ),
 }

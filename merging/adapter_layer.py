@@ -269,8 +269,11 @@ class OSDLayer(nn.Module, BaseTunerLayer):
             np.add.at(dense, places, values)
             self.osd_dense[adapter_name] = self._tensor(dense.reshape(n, d)).to(self._base.weight.dtype)
             return
-        unique, inverse = np.unique(places, return_inverse=True)
-        summed = np.bincount(inverse, weights=values, minlength=len(unique)).astype(np.float32)
+        if bool((places[1:] > places[:-1]).all()):
+            unique, summed = places, values  # of one term
+        else:
+            unique, inverse = np.unique(places, return_inverse=True)
+            summed = np.bincount(inverse, weights=values, minlength=len(unique)).astype(np.float32)
         starts = np.searchsorted(unique, np.arange(n + 1, dtype=np.int64) * d)
         self.osd_starts[adapter_name] = self._tensor(starts.astype(np.int64))
         self.osd_columns[adapter_name] = self._tensor((unique % d).astype(np.int64))

@@ -179,7 +179,7 @@ class _Compression:
             numbers = (
                 delta.abs().mean(dtype=torch.float64),
                 delta.pow(2).mean(dtype=torch.float64),
-                (delta == 0).double().mean(),
+                1 - torch.count_nonzero(delta) / delta.numel(),
                 weight.pow(2).mean(dtype=torch.float64),
             )
             found.append(TensorStats(entry.name, entry.shape, entry.kind, *map(float, numbers)))

@@ -220,11 +220,11 @@ def unbiased_scale(delta: Tensor, coarse: Tensor, noise: float = math.inf) -> fl
     Returns:
         `float`: not negative; 0 where the two have nothing in common.
     """
-    common = float((delta.double() * coarse.double()).sum())
+    common = float((delta * coarse).sum(dtype=torch.float64))
     if common <= 0:
         return 0.0
-    scale = float(delta.double().pow(2).sum()) / common
-    return min(scale, noise / float(coarse.double().pow(2).mean().sqrt()))
+    scale = float(delta.pow(2).sum(dtype=torch.float64)) / common
+    return min(scale, noise / float(coarse.pow(2).mean(dtype=torch.float64).sqrt()))
 
 
 def allocate(

@@ -42,7 +42,8 @@ SMOLLM2_BUDGETS, SMALL_BUDGETS = (50, 100, 250, 1000), (12, 24, 48, 96)  # kB
 CURVE = 5000  # kB, ours alone
 # Evaluated at every budget but 100 kB; the others at one budget, on SmolLM2 for one
 # fine-tune alone.
-STRONG = ("seeded mask + sign", "dense SVD int4", "dense SVD int3", "dense SVD int3 plus")
+STRONG = ("seeded mask + sign", "dense SVD int3")
+SMALL_STRONG = (*STRONG, "dense SVD int4", "dense SVD int3 plus")
 WEAK_AT, SMALL_WEAK_AT = 250, 96
 HELD_OUT = {"headlines": 32, "topics": 32}
 
@@ -127,7 +128,8 @@ def measure(task: str, seed: int, budgets: list[int], record: Callable) -> None:
             record("osd, calibrated", budget, *judge(found), size)
         if budget == 100:
             continue
-        for name in PEERS if budget == weak_at and (small or (seed == 0 and task == "headlines")) else STRONG:
+        everyone = budget == weak_at and (small or (seed == 0 and task == "headlines"))
+        for name in PEERS if everyone else SMALL_STRONG if small else STRONG:
             try:
                 blob = PEERS[name].encode(deltas, budget * 1000, seed, spectra)
             except ValueError:

@@ -156,7 +156,7 @@ class _Compression:
         forms = self._forms(moved, others, budget, measure is not None)
         artifacts = [(form, self._fill(form, budget, choice)) for form in forms]
         if measure is not None:
-            artifacts = self._best(artifacts, budget, choice, measure)
+            artifacts = [self._best(artifacts, measure)]
         form, deltas = artifacts[0]
         return self._finish(deltas, form, measure, choice)
 
@@ -274,7 +274,7 @@ class _Compression:
             captured.setdefault(item.kind, []).append(share * (1 - osd.DISTORTION[2]) ** 2)
         return {kind for kind, shares in captured.items() if min(shares) >= CAPTURED}
 
-    def _best(self, forms: list, budget: int, choice: str, measure: Calibration) -> list:
+    def _best(self, forms: list[tuple[Form, dict[str, Delta]]], measure: Calibration) -> tuple[Form, dict[str, Delta]]:
         """The first form, unless another one leaves less than half of its measured divergence.
 
         Divergence counts the noise of signs in full, also where it changes no answer, and so leans to factors.
@@ -284,7 +284,7 @@ class _Compression:
         best = found[0] if 2 * best[0] > found[0][0] else best
         for divergence, form, _ in found:
             _logger.info("%s: divergence %.4f", form.label, divergence)
-        return [best[1:]]
+        return best[1:]
 
     def _fill(self, form: Form, budget: int, choice: str) -> dict[str, Delta]:
         """Deltas whose artifact has at most `budget` bytes, and as many of them as there are uses for."""

@@ -235,10 +235,11 @@ class OSDArtifact:
 
         tensors, modules, ranks = {}, [], {}
         for name, delta in self.deltas.items():
-            if len(delta.shape) != 2 or name in (self.config.tied or {}).values():
-                continue
-            left, sigma, right = truncated_svd(torch.from_numpy(delta.dense()), rank)
             module = name.rpartition(".")[0]
+            ends = self.config.extra_modules or ()
+            if len(delta.shape) != 2 or any(module == end or module.endswith("." + end) for end in ends):
+                continue  # embeddings have another form in a LoRA
+            left, sigma, right = truncated_svd(torch.from_numpy(delta.dense()), rank)
             modules.append(module)
             if len(sigma) != rank:
                 ranks[module] = len(sigma)

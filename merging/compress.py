@@ -338,7 +338,9 @@ class _Compression:
                 item = wanted[entry.name]
                 matrix = delta.reshape(item.sides)
                 if entry.name in as_signs:
-                    fresh[entry.name] = fit_signs(matrix, density, self._seed(entry.name), _noise_limit(config, item))
+                    fresh[entry.name] = fit_signs(
+                        matrix, density, self._seed(entry.name), _noise_limit(config, item), config.strength
+                    )
                 else:
                     form.fitted[entry.name, repr(plan[entry.name])] = self._fit(item, matrix, plan[entry.name])
         for name in order:

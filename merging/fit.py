@@ -125,7 +125,7 @@ def fit_sparse(
     return (LowRankTerm(_factor(one, bits, mask_left), _factor(other, bits, mask_right)),)
 
 
-def fit_signs(delta: Tensor, density: float, seed: int, noise: float) -> tuple[SignTerm, ...]:
+def fit_signs(delta: Tensor, density: float, seed: int, noise: float, strength: float = 1.0) -> tuple[SignTerm, ...]:
     """Signs of the delta at a share `density` of its places; beyond one, then of what the first ones leave, and so on.
 
     Args:
@@ -133,6 +133,7 @@ def fit_signs(delta: Tensor, density: float, seed: int, noise: float) -> tuple[S
         density (`float`): signs for each entry; cut to whole bytes.
         seed (`int`): of the places of the first term; later ones count on from it.
         noise (`float`): root mean square the decoded delta may have; it is made smaller beyond that.
+        strength (`float`): share of the unbiased scale that is used.
 
     Returns:
         `tuple[SignTerm, ...]`: at most `MAX_SIGN_TERMS`. All are scaled alike, so that their sum has the inner product
@@ -157,7 +158,7 @@ def fit_signs(delta: Tensor, density: float, seed: int, noise: float) -> tuple[S
         terms.append(SignTerm((seed + len(terms)) % 2**32, magnitude, negative.numpy()))
     if not terms:
         return ()
-    scale = osd.unbiased_scale(flat, flat - rest, noise)
+    scale = strength * osd.unbiased_scale(flat, flat - rest, noise / strength)
     return tuple(term.scaled(scale) for term in terms)
 
 

@@ -53,6 +53,9 @@ class OSDConfig(MethodConfig, PeftConfig):
         noise_limit (`float`, defaults to 0.5):
             Signs are made smaller where their noise would exceed this share of the base weight, both as root mean
             squares.
+        strength (`float`, defaults to 0.9):
+            How much of its effect a delta of signs keeps. 1 keeps it whole; a little less costs less noise, and a
+            fine-tune that overshoots loses nothing by it.
         other_tensors (`str`, defaults to `"auto"`):
             Norms, biases and embeddings: `"code"`, `"drop"`, or `"auto"`: beside signs by measured importance with data,
             and without data embeddings always, norms and biases where they take little of the budget; beside factors by
@@ -86,6 +89,7 @@ class OSDConfig(MethodConfig, PeftConfig):
     svd: Literal["randomized", "exact"] = "randomized"
     power_iterations: int = 4
     noise_limit: float = 0.5
+    strength: float = 0.9
     other_tensors: Literal["auto", "code", "drop"] = "auto"
     calibration_samples: int = 128
     seed: int = 0
@@ -104,6 +108,7 @@ class OSDConfig(MethodConfig, PeftConfig):
             self.check(getattr(self, name) is None or getattr(self, name) >= 1, name, "must be at least 1")
         for name in ("relaxation", "refit_steps", "power_iterations", "noise_limit"):
             self.check(getattr(self, name) is None or getattr(self, name) >= 0, name, "must not be negative")
+        self.check(self.strength > 0, "strength", "must be more than 0")
         self.check(0 <= self.seed < 2**32, "seed", "must be from 0 to 2**32 - 1")
         self.check(self.budget is None or self.rank is None, "rank", "must not be given beside a budget")
         if self.mode == "paper":

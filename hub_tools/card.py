@@ -120,6 +120,6 @@ def _plain(artifact: Artifact, where: str) -> str:
     if artifact.folder is None or not (artifact.folder / LORA_FOLDER).is_dir():
         return ""
     return (
-        f"\n## Without hf-ext\n\nThe subfolder `{LORA_FOLDER}/` holds the same change as a plain LoRA adapter. Any PEFT "
-        f'client opens it: `PeftModel.from_pretrained(model, "{where}", subfolder="{LORA_FOLDER}")`.\n'
+        f"\n## Without hf-ext\n\nThe subfolder `{LORA_FOLDER}/` holds an approximation of its matrices as a plain LoRA adapter, not measured. Any "
+        f'PEFT client opens it: `PeftModel.from_pretrained(model, "{where}", subfolder="{LORA_FOLDER}")`.\n'
     )

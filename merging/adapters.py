@@ -253,12 +253,12 @@ def load_adapter(
         raise ConfigError(f"adapter_name={adapter_name!r} is already an adapter of the model; give another name.")
     artifact = source if isinstance(source, OSDArtifact) else OSDArtifact.from_pretrained(source, revision, token)
     config = replace(artifact.config, inference_mode=True)
-    if isinstance(model, PeftModel):
-        model.add_adapter(adapter_name, config)
-    else:
-        inject_adapter_in_model(config, model, adapter_name)
     errors = {report.name: (report.error / report.energy) ** 0.5 for report in artifact.reports if report.energy}
     try:
+        if isinstance(model, PeftModel):
+            model.add_adapter(adapter_name, config)
+        else:
+            inject_adapter_in_model(config, model, adapter_name)
         _load(model, adapter_name, config, artifact.deltas, errors, check=not (force or _any_base.get()))
     except Exception:
         _withdraw(model, adapter_name)

@@ -39,13 +39,23 @@ class Calibration:
         samples (`int`): how many examples are used.
         source (`str`): where the base came from, for messages.
         progress (`bool`): show progress bars.
+        revision (`str`, *optional*): of the base on the Hub.
 
     Raises:
         `ConfigError`: no example, or one of a kind we do not know.
     """
 
-    def __init__(self, base: Any, tuned: Any, data: Iterable[Any], samples: int, source: str, progress: bool) -> None:
-        self.model, self.tuned, self.progress = _load(base), _load(tuned), progress
+    def __init__(
+        self,
+        base: Any,
+        tuned: Any,
+        data: Iterable[Any],
+        samples: int,
+        source: str,
+        progress: bool,
+        revision: str | None = None,
+    ) -> None:
+        self.model, self.tuned, self.progress = _load(base, revision), _load(tuned), progress
         self.examples = list(_examples(data, samples, tuned))
         if not self.examples:
             raise ConfigError(f"the calibration data is empty; give training examples of the fine-tune of {source}.")
@@ -63,7 +73,9 @@ class Calibration:
 
     def cost_of_leaving_out(self, names: list[str]) -> float:
         """What remains of the base's divergence when every delta but `names` is put back exactly."""
-        moved = {name: self.aim[name].detach() - weight.detach() for name, weight in self.weights.items()}
+        # Tied weights once: a second name of the same storage would add the delta twice.
+        unique = dict(self.model.named_parameters())
+        moved = {name: self.aim[name].detach() - weight.detach() for name, weight in unique.items()}
         return self._divergence({name: moved[name] for name in moved if name not in names}) / self.base_divergence
 
     def gradients(self, names: list[str], score: str) -> dict[str, Tensor]:
@@ -147,15 +159,15 @@ def _loss(model: Any, example: dict[str, Tensor]) -> Tensor:
     return F.cross_entropy(logits[0, :-1], inputs["input_ids"][0, 1:])
 
 
-def _load(source: Any) -> Any:
+def _load(source: Any, revision: str | None = None) -> Any:
     if isinstance(source, torch.nn.Module):
         return source
     import transformers
 
     name = os.fspath(source)
-    config = transformers.AutoConfig.from_pretrained(name)
+    config = transformers.AutoConfig.from_pretrained(name, revision=revision)
     cls = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
-    return cls.from_pretrained(name, dtype=torch.float32).eval()
+    return cls.from_pretrained(name, dtype=torch.float32, revision=revision).eval()
 
 
 def _examples(data: Iterable[Any], samples: int, tuned: Any) -> Iterator[dict[str, Tensor]]:

@@ -116,6 +116,8 @@ def decode_mask(reader: Reader, count: int) -> np.ndarray:
     """The `(count,)` bool mask that comes next."""
     (tag,) = reader.unpack("B")
     if tag == ALL:
+        if count > 8 * reader.left:
+            raise BlobError(f"{count} values are due and {reader.left} bytes are left: the blob is truncated.")
         return np.ones(count, dtype=bool)
     if tag == BITMASK:
         return np.unpackbits(reader.array("u1", packed_size(count, 1)), bitorder="little", count=count).view(bool)

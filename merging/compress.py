@@ -126,7 +126,9 @@ def compress_delta(
     job = _Compression(base, tuned, config, base_revision, progress)
     measure = None
     if calibration is not None:
-        measure = Calibration(base, tuned, calibration, config.calibration_samples, job.base.source, progress)
+        measure = Calibration(
+            base, tuned, calibration, config.calibration_samples, job.base.source, progress, base_revision
+        )
     return job.run(measure)
 
 
@@ -171,9 +173,14 @@ class _Compression:
     def _walk(self) -> list[TensorStats]:
         found = []
         for entry, delta in self._bar(iter_deltas(self.base, self.tuned), len(self.entries), "reading"):
-            if delta.dim() == 0 or delta.numel() == 0:
-                if delta.numel() and delta.item():
-                    warn_once(_logger, f"{entry.name} is a single number and is left out of the delta.")
+            plain = entry.name.rpartition(".")[2] in ("weight", "bias")
+            if delta.dim() == 0 or delta.numel() == 0 or not plain:
+                if delta.numel() and bool((delta != 0).any()):
+                    warn_once(
+                        _logger,
+                        f"{entry.name} of shape {tuple(delta.shape)} is left out of the delta: PEFT opens weights and "
+                        "biases of modules alone.",
+                    )
                 continue
             weight = self.base.tensor(entry.name).float()
             numbers = (
@@ -290,9 +297,9 @@ class _Compression:
         """Deltas whose artifact has at most `budget` bytes, and as many of them as there are uses for."""
         if self.config.mode == "paper":
             return self._encode(form, budget)
-        # Numbers of the final report take their place already.
-        filler = tuple(TensorReport(item.name, item.kind, 1.0, 0.5) for item in self.stats if item.mean_abs)
-        known = {"reports": filler, "recovery": 0.9999}
+        # Numbers as long as any in the final report take their place already.
+        filler = tuple(TensorReport(item.name, item.kind, 1.0, 1.23456e-8) for item in self.stats if item.mean_abs)
+        known = {"reports": filler, "recovery": -99.9999}
         empty = self._artifact({}, form, choice, **known).nbytes()
         room, low, high, best, largest = budget - empty, 0, budget, None, 0
         for _ in range(14 if room > 0 else 0):
@@ -383,7 +390,7 @@ class _Compression:
         whole = sum(sum(item.sides) for item in items)
         narrow = 32 if config.mode == "paper" else VALUE_BITS.get(config.values, 2)
         columns = int(8 * room / (whole * narrow)) + 1
-        most = min(max(5 * columns, 8), MOST_COLUMNS)
+        most = max(min(max(5 * columns, 8), MOST_COLUMNS), self.config.rank or 0)
         if config.relaxation is not None:
             most = columns + config.relaxation
         for entry, delta in self._bar(iter_deltas(self.base, self.tuned, missing), len(missing), "decomposing"):
@@ -425,7 +432,7 @@ class _Compression:
         others = {item.name for item in self.stats if item.is_other}
         matrices = {name.rpartition(".")[0] for name in names if name not in others}
         extra = {name.rpartition(".")[0] for name in names if name in others} - matrices
-        if not form.signs and self.config.other_tensors == "auto" and (changed := self._changed_others()):
+        if form.label == "factors" and self.config.other_tensors != "drop" and (changed := self._changed_others()):
             coded = sum(item.name in deltas for item in changed)
             choice = (
                 f"{coded} of {len(changed)} norms, biases and embeddings coded: by energy a byte, beside the matrices"
@@ -472,7 +479,14 @@ def _loading(tuned: Any) -> dict[str, Any]:
         name, module = type(tuned).__name__, type(tuned).__module__.split(".")[0]
     else:
         path, module = Path(tuned) / "config.json", "transformers"
-        settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if Path(tuned).is_dir():
+            settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        elif Path(tuned).is_file():
+            settings = {}
+        else:
+            from transformers import PretrainedConfig
+
+            settings = PretrainedConfig.get_config_dict(os.fspath(tuned))[0]
         name = (settings.get("architectures") or [""])[0]
     if name.endswith(("ForCausalLM", "LMHeadModel")):
         return {"task_type": "CAUSAL_LM"}

@@ -133,7 +133,7 @@ def fit_signs(delta: Tensor, density: float, seed: int, noise: float, strength: 
         density (`float`): signs for each entry; cut to whole bytes.
         seed (`int`): of the places of the first term; later ones count on from it.
         noise (`float`): root mean square the decoded delta may have; it is made smaller beyond that.
-        strength (`float`): share of the unbiased scale that is used.
+        strength (`float`): see `osd.unbiased_scale`.
 
     Returns:
         `tuple[SignTerm, ...]`: at most `MAX_SIGN_TERMS`. All are scaled alike, so that their sum has the inner product
@@ -158,7 +158,7 @@ def fit_signs(delta: Tensor, density: float, seed: int, noise: float, strength: 
         terms.append(SignTerm((seed + len(terms)) % 2**32, magnitude, negative.numpy()))
     if not terms:
         return ()
-    scale = strength * osd.unbiased_scale(flat, flat - rest, noise / strength)
+    scale = osd.unbiased_scale(flat, flat - rest, noise, strength)
     return tuple(term.scaled(scale) for term in terms)
 
 

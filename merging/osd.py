@@ -13,7 +13,7 @@ This file is the mathematics, on torch tensors alone: decomposition, scores, sel
 
 Differs from the paper: the paper's score was not available to us; the five here are readings of it, `taylor` and
 `fisher` being the ones that follow the chain rule dL/dUt = G Vt, dL/dVt = G^T Ut. Three additions, absent from
-`mode="paper"`: factors are refitted on their masks; values have 1 to 8 bits, and how many a column gets is decided over
+`mode="paper"`: factors are refitted on their masks; values have 1 to 4 bits, and how many a column gets is decided over
 all layers by energy per bit; and where deltas are not of low rank, signs at seeded places take the place of factors, with
 a magnitude that keeps their effect instead of their distance, see `unbiased_scale`.
 
@@ -204,18 +204,20 @@ def refit(delta: Tensor, left: Tensor, right: Tensor, mask_left: Tensor, mask_ri
     return left * balance, right / balance
 
 
-def unbiased_scale(delta: Tensor, coarse: Tensor, noise: float = math.inf) -> float:
+def unbiased_scale(delta: Tensor, coarse: Tensor, noise: float = math.inf, strength: float = 1.0) -> float:
     """The factor by which a coarse code of a delta is to be multiplied.
 
     `||dW||^2 / <coarse, dW>`: afterwards the code has the inner product with the delta that the delta has with itself.
     What a random choice of places does on average to the output of a layer is then what the delta does; all the rest is
     noise, which a layer of many inputs averages out. Least squares, the usual choice of one-bit codes, keeps only the
-    share `<coarse, dW>^2 / (||coarse||^2 ||dW||^2)` of the effect. Where the base weights are too small to drown the
+    share `<coarse, dW>^2 / (||coarse||^2 ||dW||^2)` of the effect, the share the code has right. Where the base weights are too small to drown the
     noise, the code is made smaller until its root mean square is `noise`.
 
     Args:
         delta, coarse (`Tensor`): of one shape.
         noise (`float`): root mean square allowed.
+        strength (`float`): how much of the scale is used where the code has next to nothing right; with the share that it
+            has right this rises to all of it.
 
     Returns:
         `float`: not negative; 0 where the two have nothing in common.
@@ -223,8 +225,10 @@ def unbiased_scale(delta: Tensor, coarse: Tensor, noise: float = math.inf) -> fl
     common = float((delta * coarse).sum(dtype=torch.float64))
     if common <= 0:
         return 0.0
-    scale = float(delta.pow(2).sum(dtype=torch.float64)) / common
-    return min(scale, noise / float(coarse.pow(2).mean(dtype=torch.float64).sqrt()))
+    energy, own = (float(part.pow(2).sum(dtype=torch.float64)) for part in (delta, coarse))
+    right = common**2 / (energy * own)
+    scale = energy / common * (1 - (1 - strength) * (1 - right))
+    return min(scale, noise / math.sqrt(own / coarse.numel()))
 
 
 def allocate(

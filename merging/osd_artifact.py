@@ -33,7 +33,10 @@ from hf_ext.merging.osd_config import PEFT_TYPE, OSDConfig, own_settings
 
 WEIGHTS_NAME, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 BLOB_KEY, ERROR_KEY = "osd_blob", "osd_error"
+TRANSPOSED = ("c_attn", "c_fc", "c_proj")  # transformers' Conv1D
+BESIDE = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".md")  # files of a checkpoint that hold no weights
 NOTE = "signs keep the effect of a delta, not its distance: relative errors above 1 are expected"
+ARTIFACT_FILES = (ADAPTER_CONFIG, WEIGHTS_NAME, "artifact.json")
 SNIPPET = """import hf_ext
 from peft import {auto}
 
@@ -64,6 +67,7 @@ class OSDArtifact:
         bytes_before (`int`): of the fine-tuned checkpoint; 0 if unknown.
         reports (`tuple[TensorReport, ...]`): measured errors; those of tensors left out are included.
         recovery (`float`, *optional*): share of the divergence on the calibration data that is gone.
+        stored (`tuple[Measured, ...]`): the numbers of the folder it was read from; they stay the card's.
     """
 
     deltas: dict[str, Delta]
@@ -73,6 +77,7 @@ class OSDArtifact:
     bytes_before: int = 0
     reports: tuple[TensorReport, ...] = ()
     recovery: float | None = None
+    stored: tuple[Measured, ...] = ()
 
     def nbytes(self) -> int:
         """Bytes of all files `save_pretrained` writes."""
@@ -80,6 +85,8 @@ class OSDArtifact:
 
     def measured(self, after: int | None = None) -> tuple[Measured, ...]:
         """The numbers of the card: bytes before and after, error by kind of layer, recovery."""
+        if self.stored:
+            return self.stored
         rows = [Measured("bytes before", self.bytes_before, "bytes")] if self.bytes_before else []
         rows.append(Measured("bytes after", self.nbytes() if after is None else after, "bytes"))
         kinds: dict[str, list[float]] = {}
@@ -133,7 +140,7 @@ class OSDArtifact:
                 PEFT to open, is larger, and holds the matrices alone.
 
         Raises:
-            `ConfigError`: `lora_rank` is not positive.
+            `ConfigError`: `lora_rank` is not positive, or a layer stores its weight transposed.
         """
         if lora_rank is not None and lora_rank < 1:
             raise ConfigError(f"lora_rank={lora_rank} must be at least 1; leave it out for no LoRA.")
@@ -141,6 +148,7 @@ class OSDArtifact:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in self._files(self._after()).items():
             write_bytes_atomic(folder / name, content)
+        shutil.rmtree(folder / "lora", ignore_errors=True)  # of an earlier delta
         if lora_rank is not None:
             self._save_lora(folder / "lora", lora_rank)
 
@@ -171,6 +179,7 @@ class OSDArtifact:
             bytes_before=int(numbers.get("bytes before", 0)),
             reports=reports,
             recovery=numbers.get("recovery of predictions, calibration data"),
+            stored=manifest.measured if manifest else (),
         )
 
     def check_base(self, base: Checkpoint, force: bool = False) -> None:
@@ -203,19 +212,20 @@ class OSDArtifact:
         settings = self.config.to_dict()
         defaults = OSDConfig().to_dict()
         kept = {key: value for key, value in settings.items() if key == "peft_type" or value != defaults[key]}
-        errors = {report.name: report.error / report.energy for report in self.reports if report.energy}
-        relative = torch.tensor([errors.get(name, 0.0) ** 0.5 for name in self.deltas]).half()
-        blob = torch.frombuffer(bytearray(encode(self.deltas)), dtype=torch.uint8)
+        errors = {report.name: (report.error / report.energy) ** 0.5 for report in self.reports if report.energy}
+        tensors = {BLOB_KEY: torch.frombuffer(bytearray(encode(self.deltas)), dtype=torch.uint8)}
+        if all(name in errors for name in self.deltas):
+            tensors[ERROR_KEY] = torch.tensor([errors[name] for name in self.deltas]).half()
         return {
             ADAPTER_CONFIG: json.dumps(kept, separators=(",", ":"), sort_keys=True).encode(),
-            WEIGHTS_NAME: save({BLOB_KEY: blob, ERROR_KEY: relative}, metadata={"format": "pt"}),
+            WEIGHTS_NAME: save(tensors, metadata={"format": "pt"}),
             "artifact.json": self._manifest_text(after),
         }
 
     def _manifest_text(self, after: int) -> bytes:
         base = self.config.base_model_name_or_path
         on_hub = isinstance(base, str) and base.count("/") == 1 and not base.startswith((".", "/", "~"))
-        causal = self.config.task_type in (None, "CAUSAL_LM")
+        causal = self.config.task_type == "CAUSAL_LM" or self.config.auto_mapping is None
         artifact = Artifact(
             method="osd",
             library_name="peft",
@@ -237,6 +247,11 @@ class OSDArtifact:
         for name, delta in self.deltas.items():
             module = name.rpartition(".")[0]
             ends = self.config.extra_modules or ()
+            if module.rpartition(".")[2] in TRANSPOSED:
+                raise ConfigError(
+                    f"lora_rank={rank} cannot be written: {module} is a layer of GPT-2 that stores its weight transposed; "
+                    "leave it out and use peft.convert_to_lora on the opened adapter."
+                )
             if len(delta.shape) != 2 or any(module == end or module.endswith("." + end) for end in ends):
                 continue  # embeddings have another form in a LoRA
             left, sigma, right = truncated_svd(torch.from_numpy(delta.dense()), rank)
@@ -350,15 +365,17 @@ def restore(
         artifact.check_base(opened, force)
         places = opened.places()
         aliases = {name: name for name in opened.names} | opened.tied
-    folder = local_folder(name, None if base else artifact.config.revision, None)
+    patterns = ["*.safetensors", *("*" + ending for ending in BESIDE)]
+    folder = local_folder(name, None if base else artifact.config.revision, None, patterns)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         used = set()
         for file in sorted(path for path in folder.iterdir() if path.is_file()):
-            if file.suffix != ".safetensors":
+            if file.suffix in BESIDE:
                 shutil.copyfile(file, partial / file.name)
-                continue
+            if file.suffix != ".safetensors":
+                continue  # the base's weights in another format
             tensors, metadata, found = _with_deltas(file, artifact.deltas, places, aliases)
             used |= found
             save_file(tensors, partial / file.name, metadata=metadata)
@@ -422,8 +439,10 @@ def decode_tensor(blob: torch.Tensor) -> dict[str, Delta]:
     return decode(blob.cpu().numpy().tobytes())
 
 
-def local_folder(source: str | os.PathLike, revision: str | None, token: str | None) -> Path:
-    """A folder as it is, a Hub id as its snapshot."""
+def local_folder(
+    source: str | os.PathLike, revision: str | None, token: str | None, patterns: Sequence[str] = ARTIFACT_FILES
+) -> Path:
+    """A folder as it is, a Hub id as its snapshot of the files that match."""
     folder = Path(source)
     if folder.is_dir():
         return folder
@@ -431,9 +450,7 @@ def local_folder(source: str | os.PathLike, revision: str | None, token: str | N
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return Path(
-            snapshot_download(os.fspath(source), revision=revision, token=token, ignore_patterns=["*/*", "*.bin"])
-        )
+        return Path(snapshot_download(os.fspath(source), revision=revision, token=token, allow_patterns=patterns))
     except (OSError, ValueError, HfHubHTTPError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ArtifactError(

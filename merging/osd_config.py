@@ -24,13 +24,14 @@ class OSDConfig(MethodConfig, PeftConfig):
             `rank` and fixes `codec`, `values`, `scope` and `refit_steps`.
         budget (`int`, *optional*):
             Bytes of everything `save_pretrained` writes: weights, headers, configs. Without it and `rank`, a 2,000th of
-            the fine-tuned checkpoint.
+            the fine-tuned checkpoint, and 20,000 at least.
         rank (`int`, *optional*):
             The budget as a rank: the bytes of dense float32 factors of that rank in every matrix.
         codec (`str`, defaults to `"auto"`):
             `"factors"`: low-rank factors with a few bits a value; `"sparse"`: sparse factors of a higher rank;
             `"signs"`: signs at seeded places. `"auto"` takes factors for the kinds of layers whose deltas are of low
-            rank and signs for all others; with calibration data it takes what measures best.
+            rank and signs for all others; with calibration data another
+            form, if it leaves less than half of the divergence.
         values (`str`, defaults to `"auto"`):
             Type of the values of factors: `"fp32"`, `"bf16"`, `"int8"` to `"int1"`. `"auto"` gives each column 1 to 4
             bits by what they save, and sparse factors 4.
@@ -54,8 +55,8 @@ class OSDConfig(MethodConfig, PeftConfig):
             Signs are made smaller where their noise would exceed this share of the base weight, both as root mean
             squares.
         strength (`float`, defaults to 0.9):
-            How much of its effect a delta of signs keeps. 1 keeps it whole; a little less costs less noise, and a
-            fine-tune that overshoots loses nothing by it.
+            How much of its effect a delta of few signs keeps; the more of the delta is coded, the closer it comes to all.
+            1 keeps it whole from the start; a little less makes less noise, and a fine-tune that overshoots loses nothing.
         other_tensors (`str`, defaults to `"auto"`):
             Norms, biases and embeddings: `"code"`, `"drop"`, or `"auto"`: beside signs by measured importance with data,
             and without data embeddings always, norms and biases where they take little of the budget; beside factors by
@@ -150,7 +151,7 @@ class OSDConfig(MethodConfig, PeftConfig):
 
 
 def own_settings(config: OSDConfig) -> dict[str, Any]:
-    """The settings of the compression alone, those that differ from the defaults first in the order of the class."""
+    """The settings of the compression alone, in the order of the class."""
     names = [item.name for item in fields(config) if item.name in OSDConfig.__annotations__]
     return {
         name: getattr(config, name)

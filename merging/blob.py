@@ -324,7 +324,7 @@ def _decode_factor(body: Reader, k: int, m: int) -> Factor:
         steps = body.array("f2", k)
         if not np.isfinite(steps).all():
             raise BlobError("a factor has a step that is not finite: it is damaged.")
-    mask = decode_mask(body, k * m)
+    mask = decode_mask(body, k * m, bits)
     kept = int(mask.sum())
     if bits in FLOATS:
         stored = body.array(f"u{bits // 8}", kept)

@@ -112,21 +112,21 @@ def encode_mask(mask: np.ndarray) -> bytes:
     return best
 
 
-def decode_mask(reader: Reader, count: int) -> np.ndarray:
-    """The `(count,)` bool mask that comes next."""
+def decode_mask(reader: Reader, count: int, bits: int = 0) -> np.ndarray:
+    """The `(count,)` bool mask that comes next, before values of `bits` bits."""
     (tag,) = reader.unpack("B")
     if tag == ALL:
-        if count > 8 * reader.left:
+        if count * bits > 8 * reader.left:
             raise BlobError(f"{count} values are due and {reader.left} bytes are left: the blob is truncated.")
         return np.ones(count, dtype=bool)
     if tag == BITMASK:
         return np.unpackbits(reader.array("u1", packed_size(count, 1)), bitorder="little", count=count).view(bool)
-    bits = tag - 1
-    if bits > LARGEST_GAP:
+    gap = tag - 1
+    if gap > LARGEST_GAP:
         raise BlobError(f"mask tag {tag} is unknown; the newest this version reads is {LARGEST_GAP + 1}.")
     (words,) = reader.unpack("I")
-    stream = unpack(reader.take(packed_size(words, bits)), words, bits).astype(np.int64)
-    kept = stream != 2**bits - 1
+    stream = unpack(reader.take(packed_size(words, gap)), words, gap).astype(np.int64)
+    kept = stream != 2**gap - 1
     places = (np.cumsum(stream + kept) - 1)[kept]
     if len(places) * SPARSEST < count:
         raise BlobError(

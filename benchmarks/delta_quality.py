@@ -170,11 +170,12 @@ def main() -> None:
             print(f"{what} seed {seed}, {at}: {system} {recovery:.4f} {agreement:.3f} {size}", flush=True)
 
         measure(arguments.task, seed, budgets, record)
-    rows = [
-        Row("osd", system, setting, metric, float(np.mean(values)), unit, len(values), _spread(values))
-        for (system, setting, metric, unit), values in cells.items()
-    ]
-    print(write_rows(arguments.out or RESULTS / f"delta_quality_{arguments.task}.json", rows))
+        rows = [
+            Row("osd", system, setting, metric, float(np.mean(values)), unit, len(values), _spread(values))
+            for (system, setting, metric, unit), values in cells.items()
+        ]
+        # After every seed: what is there holds whatever happens to the next one.
+        print(write_rows(arguments.out or RESULTS / f"delta_quality_{arguments.task}.json", rows), flush=True)
 
 
 def _spread(values: list[float]) -> float:

@@ -160,7 +160,11 @@ class _Compression:
         if measure is not None:
             artifacts = [self._best(artifacts, measure)]
         form, deltas = artifacts[0]
-        return self._finish(deltas, form, measure, choice)
+        artifact = self._finish(deltas, form, measure, choice)
+        if config.mode == "paper" or (over := artifact.nbytes() - budget) <= 0:
+            return artifact
+        # The measured numbers are longer than usual ones.
+        return self._finish(self._fill(form, budget - over - 8, choice), form, measure, choice)
 
     def _is_wanted(self, name: str) -> bool:
         wanted = self.config.target_modules
@@ -297,9 +301,9 @@ class _Compression:
         """Deltas whose artifact has at most `budget` bytes, and as many of them as there are uses for."""
         if self.config.mode == "paper":
             return self._encode(form, budget)
-        # Numbers as long as any in the final report take their place already.
-        filler = tuple(TensorReport(item.name, item.kind, 1.0, 1.23456e-8) for item in self.stats if item.mean_abs)
-        known = {"reports": filler, "recovery": -99.9999}
+        # Numbers of the usual length take the place of those of the final report.
+        filler = tuple(TensorReport(item.name, item.kind, 1.0, 0.5) for item in self.stats if item.mean_abs)
+        known = {"reports": filler, "recovery": 0.9999}
         empty = self._artifact({}, form, choice, **known).nbytes()
         room, low, high, best, largest = budget - empty, 0, budget, None, 0
         for _ in range(14 if room > 0 else 0):
@@ -318,8 +322,8 @@ class _Compression:
                 room = (low + high) // 2
         if not best:
             raise ConfigError(
-                f"OSDConfig.budget={budget} bytes does not hold a single entry: headers and configs take {empty} bytes; "
-                f"use at least {empty + 1000}, or more if columns are wide."
+                f"OSDConfig.budget={budget} bytes does not hold a single entry: headers and configs take {empty} bytes, "
+                f"and a column of factors what its layer asks for; use at least {empty + 1000}."
             )
         return best
 

@@ -68,12 +68,29 @@ def rows_of_retrieval_quality():
     return rows
 
 
+def rows_of_delta_quality(what, budgets):
+    rows = []
+    for budget in budgets:
+        for system, value in (
+            ("exact block deltas", 0.999),
+            ("dense SVD int3", 0.8),
+            ("seeded mask + sign", 0.97),
+            ("osd", 0.99),
+            ("osd, paper mode", 0.1),
+        ):
+            rows.append(Row("osd", system, f"{what}, {budget} kB", "recovery", value, "", 3, 0.01))
+    return rows
+
+
 @pytest.fixture
 def results():
     return {
         "kv_quality": rows_of_kv_quality(),
         "decode_speed": rows_of_decode_speed(),
         "retrieval_quality": rows_of_retrieval_quality(),
+        "delta_quality_headlines": rows_of_delta_quality("SmolLM2 headlines", (50, 250)),
+        "delta_quality_topics": rows_of_delta_quality("SmolLM2 topics", (50,)),
+        "delta_quality_small": rows_of_delta_quality("small model", (24,)),
     }
 
 
@@ -125,6 +142,12 @@ def test_a_paper_s_form_is_a_peer_and_what_reads_every_key_is_not(results):
     for system in ("sentencekv", "hybridkv"):
         ours = next(row for row in rows if row.system == system)
         assert make_tables.best_peer(ours, rows, higher_is_better=False).system == "sentencekv paper"
+
+
+def test_the_peer_of_osd_is_a_codec_of_others_and_not_the_uncompressed_delta(results):
+    rows = results["delta_quality_small"]
+    ours = next(row for row in rows if row.system == "osd")
+    assert make_tables.best_peer(ours, rows, higher_is_better=True).system == "seeded mask + sign"
 
 
 def test_a_file_that_says_nothing_about_a_method_is_not_measured(results):

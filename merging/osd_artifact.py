@@ -450,7 +450,9 @@ def local_folder(
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return Path(snapshot_download(os.fspath(source), revision=revision, token=token, allow_patterns=patterns))
+        return Path(
+            snapshot_download(os.fspath(source), revision=revision, token=token, allow_patterns=list(patterns))
+        )
     except (OSError, ValueError, HfHubHTTPError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ArtifactError(

@@ -1,6 +1,6 @@
 """Speed and memory of the delta codec: decoding, opening, and a 7B-shaped model streamed from disk.
 
-    python benchmarks/delta_speed.py [--layers 2] [--out benchmarks/results/delta_speed.json]
+    python benchmarks/delta_speed.py [--layers 1] [--out benchmarks/results/delta_speed.json]
 
 Decoding is measured from the bytes of a blob to float32 factors, or to places and values of signs, in megabytes of output
 a second of processor time on one thread, and as a ratio to copying the same output. Opening is what stands between a
@@ -150,7 +150,7 @@ def main() -> None:
     """Measure all, print, write the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--layers", type=int, default=2, help="layers of the 7B-shaped model that are really compressed"
+        "--layers", type=int, default=1, help="layers of the 7B-shaped model that are really compressed"
     )
     parser.add_argument("--out", type=Path, default=RESULTS / "delta_speed.json")
     arguments = parser.parse_args()

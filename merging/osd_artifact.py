@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 
 from hf_ext.artifact import Artifact, Measured, read_artifact, write_manifest
+from hf_ext.config import write_bytes_atomic
 from hf_ext.errors import ArtifactError, BlobError, ConfigError, DeltaError
 from hf_ext.merging.blob import FLOATS, MAX_TERMS, Delta, LowRankTerm, SignTerm, decode, encode, term_size
 from hf_ext.merging.deltas import Checkpoint, matches
@@ -471,19 +472,6 @@ def replace_folder(partial: Path, target: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
     else:
         os.replace(partial, target)
-
-
-def write_bytes_atomic(path: Path, content: bytes) -> None:
-    """Write through a temporary name in the same folder."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

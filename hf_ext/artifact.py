@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_ext.config import write_text_atomic
+from hf_ext.config import write_bytes_atomic
 from hf_ext.errors import ArtifactError
 from hf_ext.log import get_logger, warn_once
 
@@ -137,15 +137,11 @@ class Artifact:
         )
 
 
-def write_manifest(folder: str | os.PathLike, artifact: Artifact) -> Path:
-    """Write `artifact.json` into `folder`, in one step.
+def manifest_bytes(artifact: Artifact) -> bytes:
+    """What `artifact.json` holds.
 
     Args:
-        folder (`str` or `os.PathLike`): Made if it does not exist. The other files are the caller's business.
         artifact (`Artifact`): What to write; its own `folder` is not stored.
-
-    Returns:
-        `Path`: the manifest.
 
     Raises:
         ArtifactError: the config is not plain JSON, a number is not finite, or the manifest exceeds its limit.
@@ -162,15 +158,31 @@ def write_manifest(folder: str | os.PathLike, artifact: Artifact) -> Path:
         "measured": [[row.what, row.value, row.unit] for row in artifact.measured],
         "snippet": artifact.snippet,
     }
-    path = Path(folder) / MANIFEST_NAME
     try:
-        text = json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-        size = len(text.encode())
+        found = json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path}: the manifest holds something JSON cannot say: {error}.") from None
-    if size > MAX_MANIFEST_BYTES:
-        raise ArtifactError(f"{path}: {size} bytes exceed the limit of {MAX_MANIFEST_BYTES}; store tables elsewhere.")
-    return write_text_atomic(path, text)
+        raise ArtifactError(f"{MANIFEST_NAME} cannot hold what JSON cannot say: {error}.") from None
+    if len(found) > MAX_MANIFEST_BYTES:
+        raise ArtifactError(
+            f"{MANIFEST_NAME}: {len(found)} bytes exceed the limit of {MAX_MANIFEST_BYTES}; store tables elsewhere."
+        )
+    return found
+
+
+def write_manifest(folder: str | os.PathLike, artifact: Artifact) -> Path:
+    """Write `artifact.json` into `folder`, in one step.
+
+    Args:
+        folder (`str` or `os.PathLike`): Made if it does not exist. The other files are the caller's business.
+        artifact (`Artifact`): What to write; its own `folder` is not stored.
+
+    Returns:
+        `Path`: the manifest.
+
+    Raises:
+        ArtifactError: as `manifest_bytes`.
+    """
+    return write_bytes_atomic(Path(folder) / MANIFEST_NAME, manifest_bytes(artifact))
 
 
 def read_artifact(folder: str | os.PathLike) -> Artifact:

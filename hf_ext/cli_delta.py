@@ -21,6 +21,7 @@ _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{prefix}B": 1000 ** (power + 1) for power, prefix in enumerate("KMG")}
 _UNITS |= {f"{prefix}IB": 1024 ** (power + 1) for power, prefix in enumerate("KMG")}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([a-z]*)", re.IGNORECASE | re.ASCII)
+ENDPOINT_HELP = "another hub, or file:///FOLDER for a folder of repositories on this machine"
 _EXAMPLE_KEYS = ("input_ids", "attention_mask", "labels")
 
 
@@ -75,6 +76,7 @@ def add_commands(commands: Any) -> None:
     command.add_argument("--message", metavar="TEXT", help="commit message")
     command.add_argument("--dry-run", action="store_true", help="show files and card; send nothing")
     command.add_argument("--no-snippet", action="store_true", help="do not run the loading snippet first")
+    command.add_argument("--endpoint", metavar="URL", help=ENDPOINT_HELP)
     command.set_defaults(handler=_push)
 
     command = commands.add_parser("pull", help="fetch from the Hub what `hf-ext push` published")
@@ -82,6 +84,7 @@ def add_commands(commands: Any) -> None:
     command.add_argument("folder", metavar="DIR", help="folder to make")
     command.add_argument("--revision", metavar="REV", help="branch, tag or commit")
     command.add_argument("--force", action="store_true", help="replace DIR if it holds an artifact")
+    command.add_argument("--endpoint", metavar="URL", help=ENDPOINT_HELP)
     command.set_defaults(handler=_pull)
 
 
@@ -250,6 +253,7 @@ def _push(arguments: argparse.Namespace) -> int:
         commit_message=arguments.message,
         dry_run=arguments.dry_run,
         run_snippet=not arguments.no_snippet,
+        endpoint=arguments.endpoint,
     )
     print("\n".join(listing(report)))
     if report.dry_run:
@@ -269,6 +273,12 @@ def listing(report: "PushReport") -> list[str]:
 def _pull(arguments: argparse.Namespace) -> int:
     from hf_ext.hub_tools.push import pull_artifact
 
-    folder = pull_artifact(arguments.repo_id, arguments.folder, revision=arguments.revision, force=arguments.force)
+    folder = pull_artifact(
+        arguments.repo_id,
+        arguments.folder,
+        revision=arguments.revision,
+        force=arguments.force,
+        endpoint=arguments.endpoint,
+    )
     print(f"wrote {folder}; look inside with `hf-ext inspect {folder}`")
     return 0

@@ -4,8 +4,9 @@ The model reads news in which one sentence holds an access code. Each cache read
 `generate(cache_implementation=...)`. Only then comes the question, and with the same cache the model answers, is scored on
 the right answer and on how the news go on, and is timed: token by token, as generation does. The two caches that retrieve
 keep their tokens in files and say which sentences they read again for the answer. A sweep over shorter contexts gives the
-picture. At the end a short fine-tune is compressed and opened again, see `demo_delta.py`. Written into the output folder:
-`demo.json`, `memory_speed.png`, `report.html`, and `delta/`, the compressed fine-tune.
+picture. At the end a short fine-tune is compressed, pushed, pulled and opened, see `demo_delta.py`. Written into the output
+folder: `demo.json`, `memory_speed.png`, `report.html`, and the compressed fine-tune: `delta/`, as published in `hub/`, and
+as fetched in `pulled/`.
 """
 
 from __future__ import annotations
@@ -509,7 +510,7 @@ def run(*, model: str | os.PathLike | None, out: str | os.PathLike, quick: bool)
 
     Args:
         model (`str`, *optional*): local folder or Hub id; the packaged SmolLM2 if `None`.
-        out (`str`): folder for `demo.json`, `memory_speed.png`, `report.html` and `delta`; made if missing.
+        out (`str`): folder for `demo.json`, `memory_speed.png`, `report.html`, `delta`, `hub` and `pulled`; made if missing.
         quick (`bool`): shorter contexts, fewer steps of training.
 
     Returns:
@@ -547,9 +548,10 @@ def run(*, model: str | os.PathLike | None, out: str | os.PathLike, quick: bool)
     drawn = draw(curves, name, picture)
     report_file = write_text_atomic(folder / "report.html", report(results, name, length, picture if drawn else None))
     with _no_bars():
-        of_delta = demo_delta.run(loaded, tokenizer, news, folder / "delta", quick, console, name)
+        of_delta = demo_delta.run(loaded, tokenizer, news, folder, quick, console, name)
     rows = write_rows(folder / "demo.json", [*to_rows(results, curves, name, length), *of_delta])
-    written = [rows, report_file, *([picture] if drawn else []), folder / "delta"]
+    written = [rows, report_file, *([picture] if drawn else [])]
+    written += [folder / made for made in ("delta", "hub", "pulled") if of_delta]
     if not drawn:
         console.print(NO_MATPLOTLIB)
     console.print(f"\nWrote {', '.join(str(path) for path in written)}", soft_wrap=True)

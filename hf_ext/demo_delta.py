@@ -1,8 +1,9 @@
 """The last part of `hf-ext demo`: a fine-tune in a few kilobytes, from training to the answer of the reloaded adapter.
 
 A copy of the model learns for a few steps to answer the beginning of a news article by its topic. What that changed is
-compressed with `compress_delta`, written to a folder, shown as `push_artifact` would publish it (nothing is sent), opened with
-`PeftModel.from_pretrained`, and asked for topics of other articles, beside the base and the fine-tuned model.
+compressed with `compress_delta`, written to `delta/`, published with `push_artifact` in `hub/`, a folder in the place of the
+Hub, fetched from there into `pulled/` with `pull_artifact`, opened with `PeftModel.from_pretrained`, and asked for topics of
+other articles, beside the base and the fine-tuned model.
 """
 
 from __future__ import annotations
@@ -125,15 +126,15 @@ def ask(model: Any, tokenizer: Any, examples: list[Example]) -> Answers:
 
 
 def run(
-    model: Any, tokenizer: Any, rows: list[dict[str, str]], folder: Path, quick: bool, console: Console, name: str
+    model: Any, tokenizer: Any, rows: list[dict[str, str]], out: Path, quick: bool, console: Console, name: str
 ) -> list[Row]:
-    """Fine-tune, compress, list, reload, answer.
+    """Fine-tune, compress, push, pull, open, answer.
 
     Args:
         model (`PreTrainedModel`): left as it was.
         tokenizer (`PreTrainedTokenizerBase`): of the model.
         rows (`list[dict[str, str]]`): articles, each `{"text", "topic"}`.
-        folder (`Path`): of the compressed fine-tune; replaced.
+        out (`Path`): the demo's folder; `delta/`, `hub/` and `pulled/` are made in it, those of an earlier demo replaced.
         quick (`bool`): fewer steps.
         console (`Console`): where the story is told.
         name (`str`): of the model, for the rows.
@@ -153,25 +154,24 @@ def run(
     tuned = finetune(model, training, steps, console)
     answers = {"base": ask(model, tokenizer, held_out), "fine-tuned": ask(tuned, tokenizer, held_out)}
 
-    shutil.rmtree(folder, ignore_errors=True)
+    delta, hub, pulled = out / "delta", out.absolute() / "hub", out / "pulled"
+    shutil.rmtree(delta, ignore_errors=True)
     with console.status(f"compressing what changed to {BUDGET:,} bytes"):
         # "auto" would decompose every matrix to compare: a minute and a half of processor time on SmolLM2.
         config = hf_ext.OSDConfig(budget=BUDGET, codec="signs")
         calibration = [example.inputs() for example in training[:CALIBRATION]]
         artifact = hf_ext.compress_delta(model, tuned, config, calibration, progress=False)
-        artifact.save_pretrained(folder)
+        artifact.save_pretrained(delta)
     before, after = artifact.bytes_before, artifact.nbytes()
     del tuned
     console.print(f"  {artifact.form}; {artifact.choice}", markup=False, style="dim")
-    console.print(f"\n`hf-ext push {folder} {REPO_ID}` would send:", markup=False)
-    for line in listing(hf_ext.push_artifact(folder, REPO_ID, dry_run=True)):
-        console.print(f"  {line}", markup=False)
+    _publish(delta, hub, pulled, console)
 
     was_training, trained = model.training, [weight for weight in model.parameters() if weight.requires_grad]
     with hf_ext.registered(), warnings.catch_warnings():
         # Of transformers to PEFT, about a name PEFT asks for.
         warnings.simplefilter("ignore", FutureWarning)
-        opened = PeftModel.from_pretrained(model, str(folder)).eval()
+        opened = PeftModel.from_pretrained(model, str(pulled)).eval()
         try:
             answers["compressed"] = ask(opened, tokenizer, held_out)
         finally:
@@ -198,3 +198,17 @@ def run(
     found_rows += [Row("osd", who, setting, "divergence", round(apart[who], 6), "nat") for who in answers]
     found_rows += [Row("osd", "fine-tuned", setting, "bytes", before / 1e6, "MB")]
     return [*found_rows, Row("osd", "compressed", setting, "bytes", after / 1e6, "MB")]
+
+
+def _publish(delta: Path, hub: Path, pulled: Path, console: Console) -> None:
+    """Push `delta` into the folder of repositories `hub`, list what is there then, and pull it into `pulled`."""
+    hub.mkdir(parents=True, exist_ok=True)
+    # The snippet would load the base model a second time, in another Python; what it does is done here with this one.
+    report = hf_ext.push_artifact(delta, REPO_ID, endpoint=hub.as_uri(), run_snippet=False)
+    console.print(f"\n`hf-ext push {delta} {REPO_ID} --endpoint {hub.as_uri()} --no-snippet` put there:", markup=False)
+    for line in listing(report):
+        console.print(f"  {line}", markup=False)
+    hf_ext.pull_artifact(REPO_ID, pulled, endpoint=hub.as_uri(), force=True)
+    console.print(
+        f"`hf-ext pull {REPO_ID} {pulled} --endpoint ...` fetched it; this copy is opened below.", markup=False
+    )

@@ -46,7 +46,8 @@ def register() -> None:
     PEFT is installed, it is imported, and `PeftModel.from_pretrained` opens OSD adapters.
 
     Raises:
-        `RuntimeError`: the installed transformers lacks a hook point; `hf-ext env` lists them.
+        `RuntimeError`: the installed transformers lacks a hook point (`hf-ext env` lists them), or PEFT has a method `OSD`
+            of its own. Nothing is registered then.
     """
     if _undo:
         return
@@ -77,6 +78,10 @@ def register() -> None:
             register_peft()
         except ImportError as error:
             warn_once(_logger, f"the installed peft cannot open OSD adapters: {error}; pip install -U peft.")
+        except BaseException:
+            while _undo:
+                _undo.pop()()
+            raise
 
 
 def register_peft() -> None:
@@ -85,7 +90,8 @@ def register_peft() -> None:
     PEFT's types are a closed enum: the member comes first, then PEFT's own registration.
 
     Raises:
-        `ImportError`: peft is not installed. `RuntimeError`: PEFT has a method of this name already.
+        `ImportError`: peft is not installed. `RuntimeError`: PEFT has a method of this name already. Whatever is raised,
+            nothing is registered then.
     """
     if _undo_peft:
         return
@@ -121,10 +127,18 @@ def register_peft() -> None:
         del PeftType._member_map_[name], PeftType._value2member_map_[name]
         type.__delattr__(PeftType, name)
 
+    try:
+        register_peft_method(
+            name=PEFT_METHOD,
+            config_cls=OSDConfig,
+            model_cls=OSDModel,
+            prefix=OSDModel.prefix,
+            is_mixed_compatible=False,
+        )
+    except BaseException:
+        undo()
+        raise
     _undo_peft.append(undo)
-    register_peft_method(
-        name=PEFT_METHOD, config_cls=OSDConfig, model_cls=OSDModel, prefix=OSDModel.prefix, is_mixed_compatible=False
-    )
 
 
 def unregister() -> None:

@@ -1,7 +1,7 @@
 """The model card of an artifact: front matter the Hub understands, and a body filled from the manifest alone.
 
-Nothing is said that the manifest does not hold: a table of what was measured, the exact settings, the snippet that is
-run before a push. The text around it is `templates/card.md`.
+Nothing is said that the manifest does not hold: a table of what was measured, the exact settings, the loading snippet.
+Whether the snippet was run before the push is not known here and not said. The text around it is `templates/card.md`.
 """
 
 import json

@@ -2,6 +2,7 @@
 
 A push is one commit on top of the state that was looked at first: a change in between is refused by the Hub, and a
 commit whose answer got lost is found again instead of made twice. A pull downloads beside its target, checks, renames.
+With a `file://` endpoint a folder takes the place of the Hub, see `folder_hub.py`.
 """
 
 import glob
@@ -11,10 +12,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Protocol
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
@@ -24,8 +25,10 @@ from huggingface_hub.utils import tqdm, validate_repo_id
 import hf_ext
 from hf_ext.artifact import CARD_NAME, MANIFEST_NAME, read_artifact, safe_name
 from hf_ext.errors import ArtifactError, HubError
+from hf_ext.hub_tools import folder_hub
 from hf_ext.hub_tools.card import render_card, runnable
 from hf_ext.hub_tools.client import attempt, hub_api
+from hf_ext.hub_tools.staging import check_listing, check_target, put_in_place, refuse_pickles
 from hf_ext.log import get_logger, warn_once
 
 
@@ -33,7 +36,6 @@ from hf_ext.log import get_logger, warn_once
 LARGE_BYTES = 5_000_000_000
 SNIPPET_SECONDS = 900
 LICENSE_SECONDS = 10
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _logger = get_logger(__name__)
@@ -56,8 +58,8 @@ class PushReport:
         files (`dict[str, int]`): Names in the repository and their bytes, the card included.
         card (`str`): The text of the card.
         dry_run (`bool`): `True` where nothing was sent.
-        commit (`str`, *optional*): Commit that holds the artifact.
-        url (`str`, *optional*): Page of that commit.
+        commit (`str`, *optional*): Commit that holds the artifact; a folder has none.
+        url (`str`, *optional*): Page of that commit, or the repository's folder as a `file://` URL.
         pull_request (`str`, *optional*): Page of the pull request, if one was opened.
         left_over (`tuple[str, ...]`): Files the repository had before and the artifact does not have. They stay.
     """
@@ -110,14 +112,17 @@ def push_artifact(
         run_snippet (`bool`, defaults to `True`):
             Run the manifest's loading snippet on the folder first, in another Python, and stop if it fails. It is code
             from the manifest: pass `False` for a folder you did not make.
-        endpoint (`str`, *optional*): Another Hub.
+        endpoint (`str`, *optional*):
+            Another Hub, or the `file://` URL of a folder, such as `Path.as_uri()` gives: there a repository is the folder
+            `user/name`, replaced as a whole, without revisions, pull requests or owners of tokens.
 
     Returns:
         `PushReport`
 
     Raises:
         ArtifactError: the folder is not an artifact, holds files that do not belong there, or its snippet fails.
-        HubError: the Hub could not take it; the message says what to do. Nothing is published then.
+        HubError: the Hub could not take it; the message says what to do. Nothing is published then, except that a push of
+            more than `LARGE_BYTES`, which takes several commits, may have sent a part of the weights.
 
     Example:
         ```python
@@ -127,6 +132,10 @@ def push_artifact(
         ```
     """
     _check_repo_id(repo_id)
+    shelf = folder_hub.folder_of(endpoint)
+    if shelf is not None:
+        options = {"revision": revision, "create_pr": create_pr, "private": private, "commit_message": commit_message}
+        folder_hub.check_request(endpoint, repo_id, **options)
     if create_pr and revision not in (None, "main"):
         raise HubError(
             f"revision={revision!r} with create_pr=True: pull requests go to the default branch; leave it out."
@@ -134,13 +143,18 @@ def push_artifact(
     with _folder_of(artifact) as folder:
         made = read_artifact(folder)
         files = made.files()
-        _refuse_pickles(files, f"{folder} holds")
+        refuse_pickles(files, f"{folder} holds")
         doing = f"pushing to {repo_id}"
         if dry_run:
             card = render_card(made, repo_id, license)
             return PushReport(repo_id, revision, _with_card(files, card), card, dry_run=True)
         if run_snippet and made.snippet:
-            execute_snippet(folder, made.snippet, endpoint)
+            execute_snippet(folder, made.snippet, None if shelf else endpoint)
+        if shelf is not None:
+            card = render_card(made, repo_id, license)
+            sent = _with_card(files, card)
+            place = folder_hub.push_to(shelf, repo_id, folder, sent, card, doing)
+            return PushReport(repo_id, None, sent, card, dry_run=False, url=place.as_uri())
         api = hub_api(token, endpoint)
         license = license or made.license or _base_license(api, made.base_model)
         repo_id = _create_repo(api, repo_id, private, doing)
@@ -184,7 +198,7 @@ def pull_artifact(
         revision (`str`, *optional*): Branch, tag or commit.
         token (`str` or `bool`, *optional*): Defaults to the stored one.
         force (`bool`, defaults to `False`): Replace `local_dir` if it holds an artifact already.
-        endpoint (`str`, *optional*): Another Hub.
+        endpoint (`str`, *optional*): Another Hub, or the `file://` URL of a folder that was pushed to.
 
     Returns:
         `Path`: `local_dir`.
@@ -194,38 +208,15 @@ def pull_artifact(
         HubError: the Hub, the network or the disk got in the way. `local_dir` is as it was before.
     """
     _check_repo_id(repo_id)
-    target = Path(local_dir)
-    _check_target(target, force)
-    doing = f"pulling {repo_id}"
-    api = hub_api(token, endpoint)
-    commit = attempt(doing, lambda: api.model_info(repo_id, revision=revision)).sha
-    if not (isinstance(commit, str) and _COMMIT.fullmatch(commit)):
-        raise HubError(f"{doing}: the Hub named no commit for revision {revision or 'main'!r}.")
-    sizes = attempt(doing, lambda: _listed(api, repo_id, commit))
-    parent = target.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    if sum(sizes.values()) > shutil.disk_usage(parent).free:
-        raise HubError(f"{doing}: {sum(sizes.values())} bytes do not fit on the disk of {parent}; free some space.")
-    with tempfile.TemporaryDirectory(dir=parent, prefix=f".{target.name}.", ignore_cleanup_errors=True) as staging:
-        fresh = Path(staging) / "new"
-
-        def fetch() -> None:
-            api.snapshot_download(
-                repo_id,
-                revision=commit,
-                local_dir=fresh,
-                # The names that were checked, whatever the server lists the second time.
-                allow_patterns=[glob.escape(name) for name in sizes],
-                tqdm_class=_bounded_bar(2 * sum(sizes.values()) + 1_000_000, doing),
-            )
-
-        attempt(doing, fetch)
-        shutil.rmtree(fresh / ".cache", ignore_errors=True)
-        found = read_artifact(fresh).files()
-        if found != sizes:
-            wrong = sorted(name for name in {*found, *sizes} if found.get(name) != sizes.get(name))
-            raise HubError(f"{doing}: {', '.join(wrong)} did not arrive as declared; repeat it.")
-        _replace(fresh, target, Path(staging) / "old")
+    target, doing = Path(local_dir), f"pulling {repo_id}"
+    check_target(target, force)
+    shelf = folder_hub.folder_of(endpoint)
+    if shelf is not None:
+        folder_hub.check_request(endpoint, repo_id, revision=revision)
+        sizes, fetch = folder_hub.source(shelf, repo_id)
+    else:
+        sizes, fetch = _source(hub_api(token, endpoint), repo_id, revision, doing)
+    put_in_place(target, sizes, doing, fetch)
     return target
 
 
@@ -287,14 +278,6 @@ def _check_repo_id(repo_id: str) -> None:
         validate_repo_id(repo_id)
     except ValueError as error:
         raise HubError(f"{repo_id!r} is not a repository id such as 'user/name': {error}") from None
-
-
-def _refuse_pickles(names: dict[str, int], subject: str) -> None:
-    bad = [name for name in names if PurePosixPath(name).suffix.lower() in PICKLE_SUFFIXES]
-    if bad:
-        raise ArtifactError(
-            f"{subject} {', '.join(bad)}: such files can run code when they are opened. Use safetensors instead."
-        )
 
 
 def _with_card(files: dict[str, int], card: str) -> dict[str, int]:
@@ -397,18 +380,27 @@ class _Upload:
         return replace(info, pr_url=weights.pr_url)
 
 
-def _check_target(target: Path, force: bool) -> None:
-    if not os.path.lexists(target):
-        return
-    if target.is_symlink() or not target.is_dir():
-        raise HubError(f"{target} exists and is not a folder; choose another local_dir.")
-    empty = not any(target.iterdir())
-    if not empty and not force:
-        raise HubError(f"{target} exists already; pass force=True to replace it, or choose another local_dir.")
-    if not empty and not (target / MANIFEST_NAME).is_file():
-        raise HubError(
-            f"{target} holds no {MANIFEST_NAME}, so force=True does not replace it; choose another local_dir."
+def _source(
+    api: HfApi, repo_id: str, revision: str | None, doing: str
+) -> tuple[dict[str, int], Callable[[Path], None]]:
+    """The files of a repository at the newest commit of a revision, and what fetches them into a folder."""
+    commit = attempt(doing, lambda: api.model_info(repo_id, revision=revision)).sha
+    if not (isinstance(commit, str) and _COMMIT.fullmatch(commit)):
+        raise HubError(f"{doing}: the Hub named no commit for revision {revision or 'main'!r}.")
+    sizes = attempt(doing, lambda: _listed(api, repo_id, commit))
+
+    def fetch(fresh: Path) -> None:
+        api.snapshot_download(
+            repo_id,
+            revision=commit,
+            local_dir=fresh,
+            # The names that were checked, whatever the server lists the second time.
+            allow_patterns=[glob.escape(name) for name in sizes],
+            tqdm_class=_bounded_bar(2 * sum(sizes.values()) + 1_000_000, doing),
         )
+        shutil.rmtree(fresh / ".cache", ignore_errors=True)
+
+    return sizes, fetch
 
 
 def _listed(api: HfApi, repo_id: str, commit: str) -> dict[str, int]:
@@ -421,14 +413,7 @@ def _listed(api: HfApi, repo_id: str, commit: str) -> dict[str, int]:
             if not isinstance(item.size, int) or item.size < 0:
                 raise ArtifactError(f"{repo_id} declares {item.size!r} bytes for {name}; it is refused.")
             sizes[name] = item.size
-    if len({name.casefold() for name in sizes}) != len(sizes):
-        raise ArtifactError(f"{repo_id} holds file names that differ only in upper and lower case; it is refused.")
-    _refuse_pickles(sizes, f"{repo_id} holds")
-    if MANIFEST_NAME not in sizes:
-        raise ArtifactError(
-            f"{repo_id} holds no {MANIFEST_NAME}: hf-ext did not push it; use snapshot_download for it."
-        )
-    return dict(sorted(sizes.items()))
+    return check_listing(sizes, repo_id)
 
 
 def _bounded_bar(limit: int, doing: str) -> type[tqdm]:
@@ -446,14 +431,3 @@ def _bounded_bar(limit: int, doing: str) -> type[tqdm]:
             return super().update(n)
 
     return Bar
-
-
-def _replace(fresh: Path, target: Path, old: Path) -> None:
-    if os.path.lexists(target):
-        os.replace(target, old)
-    try:
-        os.replace(fresh, target)
-    except OSError:
-        if os.path.lexists(old):
-            os.replace(old, target)
-        raise

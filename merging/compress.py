@@ -106,7 +106,8 @@ def compress_delta(
         config (`OSDConfig`, *optional*): Budget and codec.
         calibration (`Iterable`, *optional*): Training texts of the fine-tune, never those it is judged on: strings,
             mappings with `input_ids` (and `attention_mask`, `labels`), a `datasets.Dataset` or a `DataLoader` of such.
-            With it both models are loaded and the codec is chosen by measured divergence.
+            With it both models are loaded and the codec is chosen by measured divergence. Padding is cut off, and examples
+            with nothing to predict are skipped.
         base_revision (`str`, *optional*): Revision of the base on the Hub.
         progress (`bool`): Show progress bars.
 
@@ -138,6 +139,7 @@ class _Compression:
         self.tuned = Checkpoint.open(tuned)
         self.config, self.progress = config, progress
         self.entries = {entry.name: entry for entry in delta_entries(self.base, self.tuned)}
+        self.positions = {name: position for position, name in enumerate(self.entries)}
         self.loading = _loading(tuned)
         self.stats = self._walk()
         self.spectra: dict[str, Spectrum] = {}
@@ -362,7 +364,7 @@ class _Compression:
 
     def _seed(self, name: str) -> int:
         """Of a tensor's places: the position of its name, so that tensors of one shape do not share places."""
-        return (self.config.seed + 7919 * list(self.entries).index(name)) % 2**32
+        return (self.config.seed + 7919 * self.positions[name]) % 2**32
 
     def _plan_factors(self, items: list[TensorStats], room: int) -> dict[str, Any]:
         """By tensor: bits of its columns, or bytes if factors are sparse."""

@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 
-from hf_ext.artifact import Artifact, Measured, read_artifact, write_manifest
+from hf_ext.artifact import Artifact, Measured, manifest_bytes, read_artifact
 from hf_ext.config import write_bytes_atomic
 from hf_ext.errors import ArtifactError, BlobError, ConfigError, DeltaError
 from hf_ext.merging.blob import FLOATS, MAX_TERMS, Delta, LowRankTerm, SignTerm, decode, encode, term_size
@@ -82,7 +82,7 @@ class OSDArtifact:
 
     def nbytes(self) -> int:
         """Bytes of all files `save_pretrained` writes."""
-        return sum(len(content) for content in self._files(self._after()).values())
+        return sum(len(content) for content in self._files().values())
 
     def measured(self, after: int | None = None) -> tuple[Measured, ...]:
         """The numbers of the card: bytes before and after, error by kind of layer, recovery."""
@@ -147,7 +147,7 @@ class OSDArtifact:
             raise ConfigError(f"lora_rank={lora_rank} must be at least 1; leave it out for no LoRA.")
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        for name, content in self._files(self._after()).items():
+        for name, content in self._files().items():
             write_bytes_atomic(folder / name, content)
         shutil.rmtree(folder / "lora", ignore_errors=True)  # of an earlier delta
         if lora_rank is not None:
@@ -202,14 +202,8 @@ class OSDArtifact:
                     f"revision {self.config.revision}): its weights differ. Load that base, or pass force=True."
                 )
 
-    def _after(self) -> int:
-        """Bytes of all files, one of which names this number; it settles once its digits do."""
-        size = 0
-        for _ in range(4):
-            size = sum(len(content) for content in self._files(size).values())
-        return size
-
-    def _files(self, after: int) -> dict[str, bytes]:
+    def _files(self) -> dict[str, bytes]:
+        """The files by name. The manifest names the bytes of all of them, itself included."""
         settings = self.config.to_dict()
         defaults = OSDConfig().to_dict()
         kept = {key: value for key, value in settings.items() if key == "peft_type" or value != defaults[key]}
@@ -217,13 +211,16 @@ class OSDArtifact:
         tensors = {BLOB_KEY: torch.frombuffer(bytearray(encode(self.deltas)), dtype=torch.uint8)}
         if all(name in errors for name in self.deltas):
             tensors[ERROR_KEY] = torch.tensor([errors[name] for name in self.deltas]).half()
-        return {
+        files = {
             ADAPTER_CONFIG: json.dumps(kept, separators=(",", ":"), sort_keys=True).encode(),
             WEIGHTS_NAME: save(tensors, metadata={"format": "pt"}),
-            "artifact.json": self._manifest_text(after),
         }
+        others, size = sum(map(len, files.values())), 0
+        for _ in range(4):  # the number settles once its digits do
+            size = others + len(self._manifest(size))
+        return {**files, "artifact.json": self._manifest(size)}
 
-    def _manifest_text(self, after: int) -> bytes:
+    def _manifest(self, after: int) -> bytes:
         base = self.config.base_model_name_or_path
         on_hub = isinstance(base, str) and base.count("/") == 1 and not base.startswith((".", "/", "~"))
         causal = self.config.task_type == "CAUSAL_LM" or self.config.auto_mapping is None
@@ -238,8 +235,7 @@ class OSDArtifact:
             measured=self.measured(after),
             snippet=SNIPPET.format(auto="AutoPeftModelForCausalLM" if causal else "AutoPeftModel"),
         )
-        with tempfile.TemporaryDirectory() as folder:
-            return write_manifest(folder, artifact).read_bytes()
+        return manifest_bytes(artifact)
 
     def _save_lora(self, folder: Path, rank: int) -> None:
         from peft import LoraConfig

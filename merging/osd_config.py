@@ -11,6 +11,8 @@ from hf_ext.config import MethodConfig
 
 
 PEFT_TYPE = "OSD"
+# What the published form fixes.
+PAPER = {"codec": "sparse", "values": "fp32", "scope": "per_layer", "refit_steps": 0, "other_tensors": "drop"}
 VALUES = Literal["auto", "fp32", "bf16", "int8", "int4", "int3", "int2", "int1"]
 
 
@@ -20,8 +22,10 @@ class OSDConfig(MethodConfig, PeftConfig):
 
     Args:
         mode (`str`, defaults to `"default"`):
-            `"paper"` is the published form: float32 values, flat indices, one budget for each matrix, no refit. It needs
-            `rank` and fixes `codec`, `values`, `scope` and `refit_steps`.
+            `"paper"` is the published form: float32 values, flat indices, one budget for each matrix, no refit, matrices
+            alone. It needs `rank` and sets `codec="sparse"`, `values="fp32"`, `scope="per_layer"`, `refit_steps=0` and
+            `other_tensors="drop"`. Where one of these has another value it is an error, except the default: a default
+            that was typed cannot be told from one that was left alone, and is replaced.
         budget (`int`, *optional*):
             Bytes of everything `save_pretrained` writes: weights, headers, configs. Without it and `rank`, a 2,000th of
             the fine-tuned checkpoint, and 20,000 at least.
@@ -114,10 +118,12 @@ class OSDConfig(MethodConfig, PeftConfig):
         self.check(self.budget is None or self.rank is None, "rank", "must not be given beside a budget")
         if self.mode == "paper":
             self.check(self.rank is not None, "rank", 'must be given with mode="paper", whose budget it is')
-            self.check(self.codec in ("auto", "sparse"), "codec", 'must be "sparse" with mode="paper"')
-            self.check(self.values in ("auto", "fp32"), "values", 'must be "fp32" with mode="paper"')
-            self.codec, self.values, self.scope, self.refit_steps = "sparse", "fp32", "per_layer", 0
-            self.other_tensors = "drop"
+            for item in fields(self):
+                if item.name in PAPER:
+                    fixed = PAPER[item.name]
+                    allowed = getattr(self, item.name) in (item.default, fixed)
+                    self.check(allowed, item.name, f'must be {fixed!r} with mode="paper"; leave it out')
+                    setattr(self, item.name, fixed)
 
     @property
     def needs_gradients(self) -> bool:

@@ -8,6 +8,7 @@ from hf_ext.artifact import (
     MAX_MANIFEST_BYTES,
     Artifact,
     Measured,
+    manifest_bytes,
     read_artifact,
     safe_name,
     write_manifest,
@@ -57,6 +58,12 @@ def test_the_manifest_is_one_line_without_padding(tmp_path):
     assert text.startswith('{"format_version":1,"method":"osd"')
     assert '["bytes before",538090408,"bytes"],["recovery",0.993,""]' in text
     assert [path.name for path in tmp_path.iterdir()] == [MANIFEST_NAME]
+
+
+def test_the_bytes_are_known_before_anything_is_written(tmp_path):
+    assert manifest_bytes(FULL) == write_manifest(tmp_path, FULL).read_bytes()
+    with pytest.raises(ArtifactError, match="artifact.json: .* bytes exceed the limit"):
+        manifest_bytes(Artifact("osd", config={"x": "y" * MAX_MANIFEST_BYTES}))
 
 
 def test_a_manifest_that_cannot_be_written_leaves_the_old_one(tmp_path):

@@ -183,11 +183,25 @@ def test_flags_of_push_and_pull_arrive(monkeypatch, compressed, capsys):
     report = push.push_artifact(compressed, "user/delta", dry_run=True)
     monkeypatch.setattr(push, "push_artifact", lambda *given, **named: calls.append((given, named)) or report)
     monkeypatch.setattr(push, "pull_artifact", lambda *given, **named: calls.append((given, named)) or "there")
-    main(["push", "out", "user/delta", "--revision", "next"])
-    main(["pull", "user/delta", "there", "--revision", "v1", "--force"])
+    main(["push", "out", "user/delta", "--revision", "next", "--endpoint", "file:///hub"])
+    main(["pull", "user/delta", "there", "--revision", "v1", "--force", "--endpoint", "file:///hub"])
     settings = {"private": None, "revision": "next", "commit_message": None, "dry_run": False, "run_snippet": True}
-    assert calls[0] == (("out", "user/delta"), settings)
-    assert calls[1] == (("user/delta", "there"), {"revision": "v1", "force": True})
+    assert calls[0] == (("out", "user/delta"), {**settings, "endpoint": "file:///hub"})
+    assert calls[1] == (("user/delta", "there"), {"revision": "v1", "force": True, "endpoint": "file:///hub"})
+
+
+def test_a_folder_takes_the_place_of_the_hub(compressed, tmp_path, capsys):
+    (tmp_path / "hub").mkdir()
+    where = ["--endpoint", (tmp_path / "hub").as_uri()]
+    code, said, _ = run(capsys, "push", compressed, "user/delta", "--no-snippet", *where)
+    assert code == 0
+    assert f"pushed: {(tmp_path / 'hub' / 'user' / 'delta').as_uri()}" in said
+    assert run(capsys, "pull", "user/delta", tmp_path / "pulled", *where)[0] == 0
+    for path in compressed.iterdir():
+        assert (tmp_path / "pulled" / path.name).read_bytes() == path.read_bytes()
+    code, _, error = run(capsys, "pull", "user/delta", tmp_path / "other", "--revision", "v1", *where)
+    assert code == 2
+    assert "a folder has no revisions" in error
 
 
 def test_examples_are_lines_of_text_or_of_json(tmp_path):

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from peft import PeftModel
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import DynamicCache, PreTrainedTokenizerFast
@@ -265,7 +266,7 @@ def test_the_command_writes_three_files_and_returns_zero(tiny_run, tmp_path, cap
     pytest.importorskip("matplotlib")
     assert main(["demo", "--model", "some/tiny", "--quick", "--out", str(tmp_path / "deep" / "out")]) == 0
     names = sorted(path.name for path in (tmp_path / "deep" / "out").iterdir())
-    assert names == ["delta", "demo.json", "memory_speed.png", "report.html"]
+    assert names == ["delta", "demo.json", "hub", "memory_speed.png", "pulled", "report.html"]
     rows = read_rows(tmp_path / "deep" / "out" / "demo.json")
     assert {row.system for row in rows} == {*demo.SYSTEMS, "base", "fine-tuned", "compressed"}
     out = capsys.readouterr().out
@@ -284,7 +285,7 @@ def test_without_matplotlib_there_is_a_report_and_a_hint(tiny_run, tmp_path, cap
 
     monkeypatch.setattr(builtins, "__import__", without)
     assert demo.run(model="some/tiny", out=tmp_path, quick=True) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["delta", "demo.json", "report.html"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["delta", "demo.json", "hub", "pulled", "report.html"]
     assert "pip install matplotlib" in (tmp_path / "report.html").read_text()
     assert "pip install matplotlib" in capsys.readouterr().out
 
@@ -306,33 +307,55 @@ def test_an_exact_cache_that_answers_differently_is_a_failure(tiny_run, tmp_path
 @pytest.fixture(scope="module")
 def delta_run(model, tokenizer, articles, tmp_path_factory):
     rows = [{"text": text, "topic": f"topic {number % 3}"} for number, text in enumerate(articles * 3)]
-    folder, text = tmp_path_factory.mktemp("demo") / "delta", io.StringIO()
+    out, text, opened = tmp_path_factory.mktemp("demo"), io.StringIO(), []
+    open_adapter = PeftModel.from_pretrained
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo_delta, "LEARNING_RATE", 1e-3)
-        found = demo_delta.run(model, tokenizer, rows, folder, True, Console(file=text, width=160), "tiny")
+        patch.setattr(
+            PeftModel, "from_pretrained", lambda model, source: opened.append(source) or open_adapter(model, source)
+        )
+        found = demo_delta.run(model, tokenizer, rows, out, True, Console(file=text, width=160), "tiny")
+    assert opened == [str(out / "pulled")]
     after = model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], weight) for name, weight in after.items())
-    return {(row.system, row.metric): row.value for row in found}, folder, text.getvalue()
+    return {(row.system, row.metric): row.value for row in found}, out, text.getvalue()
 
 
 def test_the_compressed_fine_tune_is_nearer_to_the_fine_tuned_model_than_the_base_is(delta_run):
-    rows, folder, _ = delta_run
+    rows, out, _ = delta_run
     assert rows["fine-tuned", "divergence"] == 0
     assert rows["compressed", "divergence"] < 0.5 * rows["base", "divergence"]
     assert rows["fine-tuned", "answer NLL"] < rows["base", "answer NLL"]
-    size = sum(path.stat().st_size for path in folder.iterdir())
+    size = sum(path.stat().st_size for path in (out / "delta").iterdir())
     assert rows["compressed", "bytes"] * 1e6 == size <= demo_delta.BUDGET
 
 
-def test_what_would_be_pushed_is_listed_and_the_answers_are_shown(delta_run):
-    _, folder, text = delta_run
-    for path in folder.iterdir():
+def test_what_was_pushed_is_listed_and_what_was_pulled_is_the_same(delta_run):
+    _, out, text = delta_run
+    repository = out / "hub" / demo_delta.REPO_ID
+    names = {path.name for path in (out / "delta").iterdir()} | {"README.md"}
+    for folder in (repository, out / "pulled"):
+        assert {path.name for path in folder.iterdir()} == names
+    for path in repository.iterdir():
         assert f"{path.name:32s} {path.stat().st_size:>12,} bytes" in text
-    assert "README.md" in text
-    assert demo_delta.REPO_ID in text
+        assert path.read_bytes() == (out / "pulled" / path.name).read_bytes()
+    for path in (out / "delta").iterdir():
+        assert path.read_bytes() == (repository / path.name).read_bytes()
+    assert (out / "hub").as_uri() in text
     assert "Right: topic " in text
+
+
+def test_a_second_demo_replaces_the_folders_of_the_first(delta_run):
+    out = delta_run[1]
+    (out / "delta" / "note.json").write_text("{}")
+    console = Console(file=io.StringIO())
+    demo_delta._publish(out / "delta", out / "hub", out / "pulled", console)
+    assert (out / "pulled" / "note.json").exists()
+    (out / "delta" / "note.json").unlink()
+    demo_delta._publish(out / "delta", out / "hub", out / "pulled", console)
+    assert not (out / "pulled" / "note.json").exists()
 
 
 def test_only_answers_are_trained_on_and_none_is_held_out(tokenizer, articles):
@@ -350,9 +373,9 @@ def test_only_answers_are_trained_on_and_none_is_held_out(tokenizer, articles):
 def test_without_peft_the_demo_says_so_and_ends_well(model, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(demo_delta, "find_spec", lambda name: None)
     text = io.StringIO()
-    assert demo_delta.run(model, tokenizer, [], tmp_path / "delta", True, Console(file=text, width=160), "tiny") == []
+    assert demo_delta.run(model, tokenizer, [], tmp_path, True, Console(file=text, width=160), "tiny") == []
     assert "pip install peft" in text.getvalue()
-    assert not (tmp_path / "delta").exists()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_package_is_named_by_the_command(monkeypatch, tmp_path, capsys):

@@ -10,7 +10,6 @@ import peft
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
-from peft.utils import PeftType
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -23,7 +22,6 @@ from hf_ext.merging.compress import compress_delta
 from hf_ext.merging.deltas import fingerprint
 from hf_ext.merging.osd_artifact import OSDArtifact
 from hf_ext.merging.osd_config import OSDConfig
-from hf_ext.registration import register_peft
 from hf_ext.tiny import tiny_model
 
 from .helpers import tuned_model
@@ -540,48 +538,3 @@ def test_a_model_inside_another_is_found_by_the_end_of_its_names():
     outer = torch.nn.ModuleDict({"language": inner})
     load_adapter(outer, _by_hand({name: delta}, base_fingerprint=stored))
     assert torch.equal(inner.model.layers[1].mlp.up_proj.get_delta_weight("default"), torch.from_numpy(delta.dense()))
-
-
-def test_registering_is_idempotent_and_undone():
-    from peft import mapping
-
-    tables = [mapping.PEFT_TYPE_TO_CONFIG_MAPPING, mapping.PEFT_TYPE_TO_TUNER_MAPPING]
-    tables.append(mapping.PEFT_TYPE_TO_PREFIX_MAPPING)
-    hf_ext.unregister()
-    try:
-        before = list(PeftType)
-        assert "OSD" not in PeftType.__members__
-        assert not any("OSD" in table for table in tables)
-        assert OSDConfig().peft_type == "OSD"
-        assert type(OSDConfig().peft_type) is str
-        for _ in range(2):
-            register_peft()
-            hf_ext.register()
-        assert list(PeftType) == [*before, PeftType.OSD]
-        assert PeftType("OSD") is PeftType.OSD
-        assert pickle.loads(pickle.dumps(PeftType.OSD)) is copy.deepcopy(PeftType.OSD) is PeftType.OSD
-        assert OSDConfig().peft_type is PeftType.OSD
-        assert all(PeftType.OSD in table for table in tables)
-        hf_ext.unregister()
-        assert list(PeftType) == before
-        assert not hasattr(PeftType, "OSD")
-        with pytest.raises(ValueError, match="not a valid PeftType"):
-            PeftType("OSD")
-        assert not any("OSD" in table for table in tables)
-        register_peft()
-        with hf_ext.registered():
-            pass
-        assert "OSD" in PeftType.__members__
-    finally:
-        hf_ext.register()
-
-
-def test_a_method_of_peft_with_our_name_is_not_replaced(monkeypatch):
-    hf_ext.unregister()
-    try:
-        monkeypatch.setattr("hf_ext.registration.PEFT_METHOD", "lora")
-        with pytest.raises(RuntimeError, match="method LORA of its own"):
-            register_peft()
-    finally:
-        monkeypatch.undo()
-        hf_ext.register()

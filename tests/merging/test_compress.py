@@ -314,6 +314,30 @@ def test_paper_mode_holds_its_formula_in_every_layer(rank, selection, llama):
     assert sparse, "every layer took the dense form"
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "fixed"),
+    [
+        ("codec", "signs", "'sparse'"),
+        ("values", "int4", "'fp32'"),
+        ("refit_steps", 1, "0"),
+        ("other_tensors", "code", "'drop'"),
+    ],
+)
+def test_paper_mode_refuses_what_it_would_overrule(field, value, fixed):
+    with pytest.raises(
+        ConfigError, match=rf"OSDConfig.{field}={value!r} must be {fixed} with mode=\"paper\"; leave it"
+    ):
+        OSDConfig(mode="paper", rank=1, **{field: value})
+
+
+def test_paper_mode_sets_the_fields_left_alone_and_comes_back():
+    config = OSDConfig(mode="paper", rank=1, selection="separate", svd="exact")
+    assert (config.codec, config.values, config.scope, config.refit_steps) == ("sparse", "fp32", "per_layer", 0)
+    assert config.other_tensors == "drop"
+    assert (config.selection, config.svd) == ("separate", "exact")
+    assert OSDConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
+
+
 def test_the_rank_of_paper_mode_sets_the_size(llama):
     sizes = [compress(*llama, mode="paper", rank=rank).nbytes() for rank in (1, 2)]
     assert sizes[0] < sizes[1] < 2 * sizes[0] + 1000

@@ -99,11 +99,18 @@ def test_the_size_in_the_manifest_is_right_whatever_its_digits(size, artifact):
     plain = replace(artifact, choice="")
     for extra in range(max(0, size - plain.nbytes() - 4), max(0, size - plain.nbytes() - 4) + 9):
         padded = replace(artifact, choice="x" * extra)
-        files = padded._files(padded._after())
+        files = padded._files()
         stated = json.loads(files["artifact.json"])["measured"]
         assert ["bytes after", padded.nbytes(), "bytes"] in stated
         if padded.nbytes() > size + 9:
             break
+
+
+def test_the_deltas_are_encoded_once_to_learn_the_size(artifact, monkeypatch):
+    calls = []
+    monkeypatch.setattr("hf_ext.merging.osd_artifact.encode", lambda deltas: calls.append(1) or encode(deltas))
+    assert artifact.nbytes() > 0
+    assert len(calls) == 1
 
 
 def test_the_table_adds_up(artifact):

@@ -1,8 +1,10 @@
-"""Draws the time of a decode step and resident bytes against context length from benchmarks/results/decode_speed.json.
+"""Draws the plots of the docs: time and memory of decoding, and what optimizers reach with how much state.
 
     python benchmarks/make_plots.py [--results benchmarks/results/decode_speed.json] [--out docs/plots]
 
-One SVG per quantity, a panel per dtype, both axes logarithmic; a system that the results lack is left out. The same
+The time of a decode step and resident bytes against context length come from the results named: one SVG per quantity, a
+panel per dtype, both axes logarithmic; a system that the results lack is left out. Held-out loss against the state of an
+optimizer comes from `optimizer_quality_*.json` beside them: one PNG, a panel per file, none without such files. The same
 results give the same bytes with the same matplotlib, so a changed file means changed results.
 """
 
@@ -15,7 +17,7 @@ from typing import Any
 import matplotlib.style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from hf_ext.table import Row, read_rows
 
@@ -35,6 +37,28 @@ STYLES: dict[str, dict[str, Any]] = {
     "sentencekv, on disk": {"color": "#009E73", "marker": "D", "linestyle": "--", "markerfacecolor": "white"},
     "hybridkv": {"color": "#CC79A7", "marker": "v"},
     "hybridkv, on disk": {"color": "#CC79A7", "marker": "v", "linestyle": "--", "markerfacecolor": "white"},
+}
+# The same for optimizers. Budgets and forms of ours share a colour; what keeps no state stands at the left edge.
+FRONTIER = "sgc_frontier.png"
+SMALLEST_SHARE = 1e-4
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "AdamW": {"color": "#000000", "marker": "o"},
+    "AdamW 8-bit": {"color": "#000000", "marker": "o", "markerfacecolor": "white"},
+    "SGD": {"color": "#999999", "marker": "x"},
+    "SGD momentum": {"color": "#999999", "marker": "s"},
+    "Adafactor": {"color": "#0072B2", "marker": "^"},
+    "Adafactor relative": {"color": "#0072B2", "marker": "^", "markerfacecolor": "white"},
+    "GaLore r8": {"color": "#009E73", "marker": "D"},
+    "APOLLO r8": {"color": "#E69F00", "marker": "v"},
+    "APOLLO-Mini": {"color": "#E69F00", "marker": "v", "markerfacecolor": "white"},
+    "LoRA r8": {"color": "#56B4E9", "marker": "P"},
+    "block scalar": {"color": "#CC79A7", "marker": "X"},
+    "sgc, budget 0.5%": {"color": "#D55E00", "marker": "*", "markersize": 10, "markerfacecolor": "white"},
+    "sgc": {"color": "#D55E00", "marker": "*", "markersize": 14},
+    "sgc, hybrid": {"color": "#D55E00", "marker": "p"},
+    "sgc, paper known": {"color": "#D55E00", "marker": "<"},
+    "sgc, paper omp": {"color": "#D55E00", "marker": "<", "markerfacecolor": "white"},
+    "sgc, paper rank 8": {"color": "#D55E00", "marker": ">", "markerfacecolor": "white"},
 }
 # Text stays text, which is small and can be searched; the salt makes the ids inside the file the same at every run.
 SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "hf-ext", "lines.linewidth": 1.6, "legend.handlelength": 3}
@@ -92,6 +116,54 @@ def draw(metric: str, rows: list[Row], path: Path) -> None:
         figure.savefig(path, format="svg", metadata=METADATA)
 
 
+def frontier_of(folder: Path) -> dict[str, dict[str, tuple[float, float, float]]]:
+    """Share of state, loss and its spread, by setting and optimizer; the most repeated setting of each file."""
+    panels: dict[str, dict[str, tuple[float, float, float]]] = {}
+    for path in sorted(folder.glob("optimizer_quality_*.json"), reverse=True):
+        rows = [row for row in read_rows(path) if row.system in OPTIMIZERS]
+        losses = [row for row in rows if row.metric == "held-out loss"]
+        if not losses:
+            continue
+        count = {row.setting: 0 for row in losses}
+        for row in losses:
+            count[row.setting] += row.n
+        setting = max(count, key=lambda name: count[name])
+        shares = {r.system: r.value for r in rows if r.metric.startswith("state") and r.setting == setting}
+        found = {r.system: (shares[r.system], r.value, r.spread) for r in losses if r.setting == setting}
+        panels[setting] = {name: found[name] for name in OPTIMIZERS if name in found}
+    return panels
+
+
+def draw_frontier(panels: dict[str, dict[str, tuple[float, float, float]]], path: Path) -> None:
+    """One figure: state on a logarithmic axis, loss with its standard deviation over seeds; left and down is better."""
+    with matplotlib.style.context(["default", SETTINGS]):
+        columns = min(2, len(panels))
+        lines = -(-len(panels) // columns)
+        figure = Figure(figsize=(9 if columns > 1 else 6, 1.4 + 3.8 * lines), layout="constrained")
+        grid = figure.subplots(lines, columns, squeeze=False).ravel()
+        for axes in grid[len(panels) :]:
+            axes.set_visible(False)
+        for axes, (setting, found) in zip(grid, panels.items()):
+            for name, (share, loss, spread) in found.items():
+                style = {"linestyle": "none", "markersize": 7, "elinewidth": 1, "capsize": 2, **OPTIMIZERS[name]}
+                axes.errorbar(max(share, SMALLEST_SHARE), loss, yerr=spread or None, label=name, **style)
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}%"))
+            axes.set_title(setting, loc="left", fontsize=10)
+            axes.set_xlabel("Optimizer state, share of AdamW's")
+            axes.grid(color="#dddddd", linewidth=0.8)
+            axes.spines[["top", "right"]].set_visible(False)
+        for axes in grid[::columns]:
+            axes.set_ylabel("Held-out loss (nats), lower is better")
+        figure.suptitle("Loss reached with how much optimizer state", x=0.01, ha="left", fontsize=12)
+        handles = {}
+        for axes in grid[: len(panels)]:
+            handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels())}
+        names = [name for name in OPTIMIZERS if name in handles]
+        figure.legend([handles[n] for n in names], names, loc="outside lower center", ncols=4, frameon=False)
+        figure.savefig(path, dpi=130, metadata={"Software": None})
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "decode_speed.json")
@@ -103,6 +175,9 @@ def main(arguments: list[str] | None = None) -> None:
         path = options.out / f"{metric.replace(' ', '_')}.svg"
         draw(metric, [row for row in rows if row.metric == metric], path)
         print(f"wrote {path}")
+    if panels := frontier_of(options.results.parent):
+        draw_frontier(panels, options.out / FRONTIER)
+        print(f"wrote {options.out / FRONTIER}")
 
 
 if __name__ == "__main__":

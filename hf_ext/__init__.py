@@ -17,6 +17,7 @@ _EXPORTS = {
     "ArtifactError": "hf_ext.errors",
     "BlobError": "hf_ext.errors",
     "CacheStateError": "hf_ext.errors",
+    "CheckpointError": "hf_ext.errors",
     "ConfigError": "hf_ext.errors",
     "DeltaError": "hf_ext.errors",
     "HfExtError": "hf_ext.errors",
@@ -24,11 +25,16 @@ _EXPORTS = {
     "HybridKVCache": "hf_ext.cache_impls.hybridkv",
     "HybridKVConfig": "hf_ext.cache_impls.hybridkv",
     "MissingPackageError": "hf_ext.errors",
+    "NonFiniteGradientError": "hf_ext.errors",
     "OSDArtifact": "hf_ext.merging.osd_artifact",
     "OSDConfig": "hf_ext.merging.osd_config",
     "OjaKVCache": "hf_ext.cache_impls.ojakv",
     "OjaKVConfig": "hf_ext.cache_impls.ojakv",
     "PackedCache": "hf_ext.cache_impls.packed",
+    "SGCAdamW": "hf_ext.trainers.sgc_optimizer",
+    "SGCConfig": "hf_ext.trainers.sgc_trainer",
+    "SGCMixin": "hf_ext.trainers.sgc_trainer",
+    "SGCTrainer": "hf_ext.trainers.sgc_trainer",
     "SentenceKVCache": "hf_ext.cache_impls.sentencekv",
     "SentenceKVConfig": "hf_ext.cache_impls.sentencekv",
     "UnsupportedModelError": "hf_ext.errors",
@@ -57,11 +63,13 @@ if TYPE_CHECKING:
     from hf_ext.errors import ArtifactError as ArtifactError
     from hf_ext.errors import BlobError as BlobError
     from hf_ext.errors import CacheStateError as CacheStateError
+    from hf_ext.errors import CheckpointError as CheckpointError
     from hf_ext.errors import ConfigError as ConfigError
     from hf_ext.errors import DeltaError as DeltaError
     from hf_ext.errors import HfExtError as HfExtError
     from hf_ext.errors import HubError as HubError
     from hf_ext.errors import MissingPackageError as MissingPackageError
+    from hf_ext.errors import NonFiniteGradientError as NonFiniteGradientError
     from hf_ext.errors import UnsupportedModelError as UnsupportedModelError
     from hf_ext.hub_tools.push import pull_artifact as pull_artifact
     from hf_ext.hub_tools.push import push_artifact as push_artifact
@@ -73,6 +81,10 @@ if TYPE_CHECKING:
     from hf_ext.registration import register as register
     from hf_ext.registration import registered as registered
     from hf_ext.registration import unregister as unregister
+    from hf_ext.trainers.sgc_optimizer import SGCAdamW as SGCAdamW
+    from hf_ext.trainers.sgc_trainer import SGCConfig as SGCConfig
+    from hf_ext.trainers.sgc_trainer import SGCMixin as SGCMixin
+    from hf_ext.trainers.sgc_trainer import SGCTrainer as SGCTrainer
 
 
 def __getattr__(name: str) -> Any:

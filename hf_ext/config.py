@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import inspect
 import json
 import math
 import os
@@ -110,7 +111,13 @@ class MethodConfig:
         cls = type(self)
         if cls not in self._hints:
             self._hints[cls] = typing.get_type_hints(cls)
+        # Fields inherited from a host library's class are checked, and some converted, by that library.
+        ours = {
+            name for base in cls.__mro__ if issubclass(base, MethodConfig) for name in inspect.get_annotations(base)
+        }
         for field in dataclasses.fields(self):
+            if field.name not in ours:
+                continue
             hint = self._hints[cls][field.name]
             value = getattr(self, field.name)
             self.check(_fits(value, hint), field.name, f"must be {_describe(hint)}")

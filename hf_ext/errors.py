@@ -48,3 +48,11 @@ class HubError(HfExtError, OSError):
     def __init__(self, message: str, status: int | None = None):
         super().__init__(message)
         self.status = status
+
+
+class CheckpointError(HfExtError, ValueError):
+    """A saved state does not fit what it is loaded into; the message names the setting that differs."""
+
+
+class NonFiniteGradientError(HfExtError, FloatingPointError):
+    """A gradient holds NaN or infinity; nothing was changed by the step that met it."""

@@ -108,7 +108,16 @@ METHODS = build_table(
         entry="hf_ext.cache_impls.hybridkv:HybridKVCache",
         bench="hf_ext.benches.hybridkv",
     ),
-    MethodCard("sgc", "Sparse gradient compression of optimizer state", "2502.00311", "trainers", "Trainer optimizer"),
+    MethodCard(
+        "sgc",
+        "Sparse gradient compression of optimizer state",
+        "2502.00311",
+        "trainers",
+        "Trainer, any training loop",
+        config="hf_ext.trainers.sgc_trainer:SGCConfig",
+        entry="hf_ext.trainers.sgc_optimizer:SGCAdamW",
+        bench="hf_ext.benches.sgc",
+    ),
     MethodCard("ofmu", "Bi-level, penalty-based unlearning", "2509.22483", "trainers", "Trainer.compute_loss"),
     MethodCard("influence", "Influence functions on masked gradients", "2509.15651", "trainers", "a trained Trainer"),
     MethodCard(

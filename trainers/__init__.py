@@ -1,1 +1,1 @@
-"""Trainers and optimizers: `sgc`, `ofmu` and `influence` will live here. Installs as `hf_ext.trainers`."""
+"""Trainers and optimizers: `sgc`; `ofmu` and `influence` will live here. Installs as `hf_ext.trainers`."""

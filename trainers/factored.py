@@ -1,0 +1,82 @@
+"""The default of `SGCAdamW`: factored second moments, sketched singular directions, steps relative to the weights.
+
+Not in the SGC paper; what it keeps is smaller still than what the paper measures. Three parts, for a gradient `G` of
+`(M, N)`:
+
+1. Second moments as a row times a column, `M + N` numbers (Adafactor, arXiv 1804.04235), turn `G` into `U`.
+2. A few directions hold most of `U` and hide what the others say. A random sketch `Omega U` of `R` rows finds them, and
+   their singular values are cut to a multiple of the mean of the rest. Nothing is kept for it but `Omega`, which a seed
+   describes and all tensors of a height share. Muon (momentum and all singular values made equal) does this in full.
+3. A step moves a tensor by a share of its own root mean square, so that gains around 1 and weights around 0.02 learn with
+   one rate.
+
+There is no momentum for matrices: with batches of the size that fits where memory is short it made no run better (see the
+docs page), and it is what costs a number a weight.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+# A weight's root mean square counts as no less: the scale most models are drawn with. A tensor that starts at zero (a
+# bias, LoRA's B) would not move otherwise.
+SMALLEST_SCALE = 0.02
+# Leading singular values are cut to this multiple of the root mean square of the others.
+LIMIT = 1.0
+# Where the others hold next to nothing (the gradient of a few tokens), they count as this share of an even spread.
+LEAST_CROWD = 0.01
+
+
+def sketch_matrix(rank: int, rows: int, seed: int) -> Tensor:
+    """`Omega`, `(R, M)`, drawn on the CPU, so that every device and process has the same one."""
+    return torch.randn(rank, rows, generator=torch.Generator().manual_seed(seed))
+
+
+def normalize_factored(gradient: Tensor, rows: Tensor, columns: Tensor, beta: float, correction: float) -> Tensor:
+    """Divide a gradient by the root of its factored second moment.
+
+    Args:
+        gradient (`Tensor`): `(M, N)`, float32.
+        rows (`Tensor`): `(M,)`, moving average of the mean squares of rows; updated in place.
+        columns (`Tensor`): `(N,)`, the same of columns.
+        beta (`float`): Of the averages.
+        correction (`float`): `1 - beta ** step`.
+
+    Returns:
+        `Tensor`: `(M, N)`
+    """
+    tiny = torch.finfo(torch.float32).tiny
+    squares = gradient * gradient
+    rows.lerp_(squares.mean(1), 1.0 - beta)
+    columns.lerp_(squares.mean(0), 1.0 - beta)
+    mean = (rows.mean() / correction).clamp_min_(tiny)
+    by_row = (rows / (correction * mean)).clamp_min_(tiny).rsqrt_()
+    by_column = (columns / correction).clamp_min_(tiny).rsqrt_()
+    return torch.mul(gradient, by_row[:, None], out=squares).mul_(by_column)
+
+
+def cut_directions_(update: Tensor, norm: Tensor, sketch: Tensor, limit: float = LIMIT) -> Tensor:
+    """Cut the singular values of the leading directions of a matrix, in place.
+
+    Args:
+        update (`Tensor`): `(M, N)`.
+        norm (`Tensor`): A number, the Frobenius norm of `update`.
+        sketch (`Tensor`): `(R, M)`, with `R` below `M` and `N`.
+        limit (`float`, defaults to 1.0): Singular values end at this multiple of the root mean square of those outside the
+            sketch.
+
+    Returns:
+        `Tensor`: A number, the norm that is left.
+    """
+    rank = len(sketch)
+    # One product with the matrix and one with its transpose: the second tells the leading directions from the crowd.
+    basis = torch.linalg.qr(update @ (sketch @ update).T).Q
+    seen = basis.T @ update
+    values, vectors = torch.linalg.eigh(seen @ seen.T)
+    short, energy = min(update.shape), norm.square()
+    rest = torch.maximum((energy - values.sum()) / (short - rank), LEAST_CROWD * energy / short)
+    keep = (limit**2 * rest / values.clamp_min(torch.finfo(update.dtype).tiny)).sqrt_().clamp_max_(1.0)
+    update.addmm_(basis @ (vectors * (keep - 1.0)) @ vectors.T, seen)
+    return (energy - (values * (1.0 - keep.square())).sum()).clamp_min_(0.0).sqrt_()

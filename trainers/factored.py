@@ -23,6 +23,8 @@ from torch import Tensor
 # A weight's root mean square counts as no less: the scale most models are drawn with. A tensor that starts at zero (a
 # bias, LoRA's B) would not move otherwise.
 SMALLEST_SCALE = 0.02
+# And that of a vector as no more: gains of norms drift upwards, and steps that grow with them let them run away.
+LARGEST_VECTOR_SCALE = 1.0
 # Leading singular values are cut to this multiple of the root mean square of the others.
 LIMIT = 1.0
 # Where the others hold next to nothing (the gradient of a few tokens), they count as this share of an even spread.

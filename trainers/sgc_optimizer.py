@@ -22,7 +22,13 @@ from torch.optim import Optimizer
 
 from hf_ext.errors import CheckpointError, ConfigError, NonFiniteGradientError
 from hf_ext.log import get_logger, warn_once
-from hf_ext.trainers.factored import SMALLEST_SCALE, cut_directions_, normalize_factored, sketch_matrix
+from hf_ext.trainers.factored import (
+    LARGEST_VECTOR_SCALE,
+    SMALLEST_SCALE,
+    cut_directions_,
+    normalize_factored,
+    sketch_matrix,
+)
 from hf_ext.trainers.measurements import KINDS, Measurement
 from hf_ext.trainers.sgc import (
     Moments,
@@ -86,7 +92,8 @@ class SGCAdamW(Optimizer):
         refresh (`int`, defaults to 200): Steps between two projections of CESGC.
         directions (`int`, defaults to 4): Leading directions that `"factored"` cuts; 0 cuts none.
         relative_step (`bool`, *optional*):
-            Whether `lr` is a share of each tensor's root mean square; `None` means with `mode="factored"` alone.
+            Whether `lr` is a share of each tensor's root mean square (at least 0.02, for vectors at most 1); `None` means with
+            `mode="factored"` alone.
         min_numel (`int`, defaults to 4096):
             In modes with chunks, smaller tensors get AdamW's update, with its state. `"factored"` does so for all that are
             no matrices.
@@ -508,9 +515,8 @@ def _scale(group: dict[str, Any], parameter: Tensor) -> Tensor | None:
     """The unit of a relative step, a number on the parameter's device; `None` where steps are not relative."""
     if not group["relative_step"]:
         return None
-    return (torch.linalg.vector_norm(parameter, dtype=torch.float32) / parameter.numel() ** 0.5).clamp_min(
-        SMALLEST_SCALE
-    )
+    scale = torch.linalg.vector_norm(parameter, dtype=torch.float32) / parameter.numel() ** 0.5
+    return scale.clamp(SMALLEST_SCALE, None if parameter.ndim > 1 else LARGEST_VECTOR_SCALE)
 
 
 def _move(group: dict[str, Any], parameter: Tensor, direction: Tensor, factor: Tensor | None) -> None:

@@ -415,8 +415,8 @@ def test_a_rate_may_be_a_tensor():
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_relative_step_grows_with_the_tensor(case):
-    small, one = build(case, shapes=[(24, 40), (7,)], relative_step=True)
-    large, other = build(case, shapes=[(24, 40), (7,)], relative_step=True)
+    small, one = build(case, shapes=[(24, 40), (9, 12)], relative_step=True)
+    large, other = build(case, shapes=[(24, 40), (9, 12)], relative_step=True)
     with torch.no_grad():
         for p in large:
             p *= 10.0
@@ -440,6 +440,13 @@ def test_a_tensor_of_zeros_moves_as_one_of_the_smallest_scale():
     optimizer = SGCAdamW([parameter], lr=0.05, directions=0)
     feed(optimizer, [parameter], [0])
     assert float(parameter.detach().square().mean().sqrt()) == pytest.approx(0.05 * SMALLEST_SCALE, rel=0.02)
+
+
+def test_a_vector_of_large_entries_moves_as_one_of_ones():
+    parameter = torch.nn.Parameter(torch.full((40,), 30.0))
+    optimizer = SGCAdamW([parameter], lr=0.05)
+    feed(optimizer, [parameter], [0])
+    assert float((parameter.detach() - 30.0).square().mean().sqrt()) == pytest.approx(0.05, rel=0.02)
 
 
 def test_relative_is_the_default_of_the_factored_mode_alone():

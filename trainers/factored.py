@@ -10,8 +10,8 @@ Not in the SGC paper; what it keeps is smaller still than what the paper measure
 3. A step moves a tensor by a share of its own root mean square, so that gains around 1 and weights around 0.02 learn with
    one rate.
 
-There is no momentum for matrices: with batches of the size that fits where memory is short it made no run better (see the
-docs page), and it is what costs a number a weight.
+There is no momentum for matrices: it costs a number a weight, and with the small batches of those who are short of memory
+it helped nothing where it was tried.
 """
 
 from __future__ import annotations

@@ -36,7 +36,9 @@ def sketch_matrix(rank: int, rows: int, seed: int) -> Tensor:
     return torch.randn(rank, rows, generator=torch.Generator().manual_seed(seed))
 
 
-def normalize_factored(gradient: Tensor, rows: Tensor, columns: Tensor, beta: float, correction: float) -> Tensor:
+def normalize_factored(
+    gradient: Tensor, rows: Tensor, columns: Tensor, beta: float, correction: float, eps: float = 1e-8
+) -> Tensor:
     """Divide a gradient by the root of its factored second moment.
 
     Args:
@@ -45,14 +47,15 @@ def normalize_factored(gradient: Tensor, rows: Tensor, columns: Tensor, beta: fl
         columns (`Tensor`): `(N,)`, the same of columns.
         beta (`float`): Of the averages.
         correction (`float`): `1 - beta ** step`.
+        eps (`float`, defaults to 1e-8): Its square is added to mean squares: smaller entries make smaller steps.
 
     Returns:
         `Tensor`: `(M, N)`
     """
     tiny = torch.finfo(torch.float32).tiny
     squares = gradient * gradient
-    rows.lerp_(squares.mean(1), 1.0 - beta)
-    columns.lerp_(squares.mean(0), 1.0 - beta)
+    rows.lerp_(squares.mean(1).add_(eps**2), 1.0 - beta)
+    columns.lerp_(squares.mean(0).add_(eps**2), 1.0 - beta)
     mean = (rows.mean() / correction).clamp_min_(tiny)
     by_row = (rows / (correction * mean)).clamp_min_(tiny).rsqrt_()
     by_column = (columns / correction).clamp_min_(tiny).rsqrt_()
@@ -78,7 +81,9 @@ def cut_directions_(update: Tensor, norm: Tensor, sketch: Tensor, limit: float =
     seen = basis.T @ update
     values, vectors = torch.linalg.eigh(seen @ seen.T)
     short, energy = min(update.shape), norm.square()
-    rest = torch.maximum((energy - values.sum()) / (short - rank), LEAST_CROWD * energy / short)
+    outside = (energy - values.sum()).clamp_min_(0.0)
+    rest = torch.maximum(outside / (short - rank), LEAST_CROWD * energy / short)
     keep = (limit**2 * rest / values.clamp_min(torch.finfo(update.dtype).tiny)).sqrt_().clamp_max_(1.0)
     update.addmm_(basis @ (vectors * (keep - 1.0)) @ vectors.T, seen)
-    return (energy - (values * (1.0 - keep.square())).sum()).clamp_min_(0.0).sqrt_()
+    # A sum of what is left, never a difference: of a matrix of low rank rounding would leave nothing to divide by.
+    return (outside + (values.clamp_min(0.0) * keep.square()).sum()).sqrt_()

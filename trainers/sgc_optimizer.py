@@ -349,7 +349,7 @@ class SGCAdamW(Optimizer):
         state = self._advance(group, parameter)
         at, gradient = _moments(group, state), self._gradient(parameter).flatten(1)
         rows, columns = state["rows"].float(), state["columns"].float()
-        update = normalize_factored(gradient, rows, columns, at.beta2, at.correction2)
+        update = normalize_factored(gradient, rows, columns, at.beta2, at.correction2, at.eps)
         norm = after = torch.linalg.vector_norm(update)
         if cut := cut_shape(group, parameter):
             after = cut_directions_(update, norm, self._sketch(group, *cut, update.device))

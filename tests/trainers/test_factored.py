@@ -26,11 +26,11 @@ def cut(update, sketch, limit=LIMIT):
     return update
 
 
-def run_normalize(gradients, beta=BETA):
+def run_normalize(gradients, beta=BETA, eps=1e-8):
     rows, columns = torch.zeros(gradients[0].shape[0]), torch.zeros(gradients[0].shape[1])
     found = []
     for step, gradient in enumerate(gradients, start=1):
-        found.append(normalize_factored(gradient, rows, columns, beta, 1 - beta**step))
+        found.append(normalize_factored(gradient, rows, columns, beta, 1 - beta**step, eps))
     return found, rows, columns
 
 
@@ -77,7 +77,7 @@ def test_without_cutting_a_step_is_the_normalised_gradient_brought_to_one_unit()
 def test_normalising_does_not_depend_on_scale(scale):
     gradients = [torch.randn(6, 9) for _ in range(3)]
     found, _, _ = run_normalize(gradients)
-    scaled, _, _ = run_normalize([scale * gradient for gradient in gradients])
+    scaled, _, _ = run_normalize([scale * gradient for gradient in gradients], eps=scale * 1e-8)
     for one, other in zip(found, scaled):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
@@ -213,3 +213,17 @@ def test_a_sketch_is_drawn_from_its_seed_alone():
     assert one.shape == (4, 40)
     assert torch.equal(one, again)
     assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3, 4, 5, 8])
+@pytest.mark.parametrize("shape", [(192, 192), (768, 192), (192, 768)])
+def test_steps_along_gradients_of_few_tokens_have_the_size_of_all_others(rank, shape):
+    for scale in (1e-3, 1e-8, 1e-20, 1e-25):
+        parameter = torch.nn.Parameter(torch.randn(shape) * 0.05)
+        optimizer = SGCAdamW([parameter], lr=1e-3)
+        for _ in range(4):
+            before = parameter.detach().clone()
+            parameter.grad = torch.randn(shape[0], rank) @ torch.randn(rank, shape[1]) * scale
+            optimizer.step()
+            moved = float((parameter.detach() - before).norm() / before.norm())
+            assert moved < 1.05e-3, f"{moved} at scale {scale}"

@@ -10,8 +10,7 @@ Not in the SGC paper; what it keeps is smaller still than what the paper measure
 3. A step moves a tensor by a share of its own root mean square, so that gains around 1 and weights around 0.02 learn with
    one rate.
 
-There is no momentum for matrices: it costs a number a weight, and with the small batches of those who are short of memory
-it helped nothing where it was tried.
+There is no momentum for matrices: it costs a number a weight. What sketched momentum would bring is not measured here.
 """
 
 from __future__ import annotations

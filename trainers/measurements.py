@@ -19,6 +19,8 @@ from hf_ext.errors import ConfigError
 KINDS = ("gaussian", "srht", "countsketch")
 # Non-zero entries of a count-sketch column: with one, two entries of a chunk that fall into the same row are one.
 HASHES = 4
+# Added to normal equations that have no decomposition without it; columns have unit length.
+SAFE_RIDGE = 1e-3
 
 
 class Measurement:
@@ -153,7 +155,12 @@ def solve_on_support(gram: Tensor, support: Tensor, correlations: Tensor, ridge:
     normal = gram[support[:, :, None], support[:, None, :]]
     normal.diagonal(dim1=1, dim2=2).add_(ridge)
     right = correlations.gather(1, support[:, :, None].expand(-1, -1, correlations.shape[2]))
-    return torch.cholesky_solve(right, torch.linalg.cholesky(normal))
+    factor, failed = torch.linalg.cholesky_ex(normal)
+    if bool(failed.any()):
+        # Columns that rounding made dependent: a search goes on choosing where a chunk is explained already.
+        normal.diagonal(dim1=1, dim2=2).add_(torch.where(failed > 0, SAFE_RIDGE, 0.0)[:, None])
+        factor = torch.linalg.cholesky(normal)
+    return torch.cholesky_solve(right, factor)
 
 
 def omp(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from math import log
+from math import isfinite, log
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +16,8 @@ from hf_ext.trainers.sgc_optimizer import STATE_DTYPES, cut_shape, keeps_adamw, 
 # AdamW keeps two float32 numbers a weight.
 ADAMW_BYTES = 8
 CHUNK_SIZES = tuple(1 << power for power in range(8, 21))
+# Measured chunks need the products of all columns with each other for a moment: N x N numbers.
+MEASURED_CHUNK_SIZES = tuple(size for size in CHUNK_SIZES if size <= 4096)
 # Fewer measurements a chunk than this say nothing about it; larger chunks do better.
 FEWEST = 16
 
@@ -26,7 +28,7 @@ def adamw_bytes(parameters: Iterable[Tensor]) -> int:
 
 
 def planned_bytes(parameters: Sequence[Tensor], settings: dict[str, Any]) -> int:
-    """Bytes that `SGCAdamW.state_bytes()` reports after a step with these settings, without making them.
+    """Bytes that `SGCAdamW.state_bytes()` reports after a step with these settings.
 
     Args:
         parameters (`Sequence[Tensor]`): All that get gradients.
@@ -61,8 +63,8 @@ def fit_to_budget(parameters: Sequence[Tensor], budget: float, settings: dict[st
     """The settings that use the most of a budget without passing it.
 
     `mode="factored"` has one size; under it the state is rounded to bfloat16, then each chunk keeps one number
-    (`mode="block"`). Above it there is nothing to buy: measured, momentum did not help it. `"paper"` and `"hybrid"` get as
-    many measurements as fit, in the smallest chunks that leave enough of them.
+    (`mode="block"`). What a larger budget leaves over is not used. `"paper"` and `"hybrid"` get as many measurements as fit, in
+    the smallest chunks that leave enough of them.
 
     Args:
         parameters (`Sequence[Tensor]`): All that will be trained.
@@ -75,7 +77,7 @@ def fit_to_budget(parameters: Sequence[Tensor], budget: float, settings: dict[st
     Raises:
         ConfigError: nothing fits; the message names the smallest state there is.
     """
-    if not budget > 0:
+    if not (budget > 0 and isfinite(budget)):
         raise ConfigError(
             f"state_budget={budget!r}; expected a share of AdamW's state (up to 1) or a number of bytes."
         )
@@ -112,7 +114,7 @@ def _candidates(parameters: Sequence[Tensor], limit: float, settings: dict[str, 
             }
         return
     found = []
-    for size in CHUNK_SIZES:
+    for size in MEASURED_CHUNK_SIZES:
         least = {**settings, "chunk_size": size, "k": 1, "s": 1}
         start = planned_bytes(parameters, least)
         step = planned_bytes(parameters, {**least, "k": 2}) - start

@@ -12,6 +12,7 @@ algorithm was not available, see `sgc.py`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -149,9 +150,7 @@ class SGCAdamW(Optimizer):
         self._huge = False  # gradients of this step are too large to be squared
         self.monitor = False  # fill `seen` at the next step
         self.seen: dict[str, float] = {}
-        super().__init__(
-            params, {**settings, "betas": tuple(betas), "format_version": FORMAT_VERSION, "checksum": None}
-        )
+        super().__init__(params, {**settings, "format_version": FORMAT_VERSION, "checksum": None})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group after a check of its settings and parameters.
@@ -167,6 +166,7 @@ class SGCAdamW(Optimizer):
                 group["relative_step"] = group["mode"] == "factored"
             for parameter in group["params"]:
                 _check_parameter(parameter)
+                _check_whole(group, parameter)
             if group["mode"] in ("paper", "hybrid") and group["chunk_size"] is not None and group["params"]:
                 made = Measurement(group["measurement"], group["k"], group["chunk_size"], group["seed"])
                 group["checksum"] = made.checksum
@@ -253,13 +253,18 @@ class SGCAdamW(Optimizer):
                             f"the checkpoint holds {found} as {name!r} of a parameter of shape {tuple(parameter.shape)}, "
                             f"expected {shape}: it belongs to another model, or its parameters are in another order."
                         )
+        wanted = [group["on_nonfinite"] for group in self.param_groups]
         super().load_state_dict(state_dict)
+        for group, choice in zip(self.param_groups, wanted, strict=True):
+            # Who resumes after an error may have changed it as the error said.
+            group["on_nonfinite"] = choice
         parameters = [p for group in self.param_groups for p in group["params"]]
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         for number, parameter in zip(numbers, parameters, strict=True):
             for name, value in state_dict["state"].get(number, {}).items():
                 if isinstance(value, Tensor):
-                    device = value.device if name == "step" else parameter.device
+                    # On an accelerator every look at the count would wait for it.
+                    device = torch.device("cpu") if name == "step" else parameter.device
                     self.state[parameter][name] = value.detach().to(device, copy=True)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -284,7 +289,10 @@ class SGCAdamW(Optimizer):
                 )
         # One norm for all is cheap; one that is not finite may also be an overflow of finite entries.
         self._huge = False
-        if not gradients or bool(torch.stack([n.float() for n in torch._foreach_norm(gradients)]).isfinite().all()):
+        if not gradients:
+            return True
+        norms = [norm.float().to(gradients[0].device) for norm in torch._foreach_norm(gradients)]
+        if bool((torch.stack(norms) < LARGEST_GRADIENT).all()):  # false for NaN
             return True
         bad = []
         for group, parameters in zip(self.param_groups, ready, strict=True):
@@ -364,7 +372,7 @@ class SGCAdamW(Optimizer):
         state = self._advance(group, parameter)
         gradient = self._gradient(parameter).flatten(1)
         wide = gradient if gradient.shape[0] <= gradient.shape[1] else gradient.T
-        if (int(state["step"]) - 1) % group["refresh"] == 0:
+        if (int(state["step"]) - 1) % group["refresh"] == 0 or not bool(state["basis"].any()):
             state["basis"].copy_(project_basis(wide, state["basis"]))
         inner = state["basis"].T @ wide
         decoded = self._directions(group, [_Chunked(parameter, inner, state, None)]).flatten()[: inner.numel()]
@@ -458,7 +466,7 @@ def _buckets(parts: list[_Chunked], chunk_size: int | None) -> Iterator[list[_Ch
     for part in sorted(parts, key=lambda part: int(part.state["step"])):
         start, total = 0, part.chunks
         while start < total:
-            if bucket and (filled == limit or int(bucket[0].state["step"]) != int(part.state["step"])):
+            if bucket and (filled == limit or not _together(bucket[0], part)):
                 yield bucket
                 bucket, filled = [], 0
             stop = min(total, start + limit - filled)
@@ -467,6 +475,11 @@ def _buckets(parts: list[_Chunked], chunk_size: int | None) -> Iterator[list[_Ch
             start = stop
     if bucket:
         yield bucket
+
+
+def _together(one: _Chunked, other: _Chunked) -> bool:
+    """Whether one batch can hold the chunks of both."""
+    return one.gradient.device == other.gradient.device and int(one.state["step"]) == int(other.state["step"])
 
 
 def state_shapes(group: dict[str, Any], parameter: Tensor) -> dict[str, tuple[int, ...]]:
@@ -557,10 +570,13 @@ def _check_settings(group: dict[str, Any]) -> None:
         group["rank"] is None or (isinstance(group["rank"], int) and group["rank"] >= 1), "rank", "None or at least 1"
     )
     check(group["relative_step"] in (None, True, False), "relative_step", "True, False or None")
-    check(isinstance(group["lr"], Tensor) or group["lr"] >= 0.0, "lr", "a number of at least 0")
-    check(group["eps"] >= 0.0, "eps", "a number of at least 0")
-    check(group["weight_decay"] >= 0.0, "weight_decay", "a number of at least 0")
-    check(len(group["betas"]) == 2 and all(0.0 <= b < 1.0 for b in group["betas"]), "betas", "two numbers in [0, 1)")
+    rate = group["lr"]
+    check(isinstance(rate, Tensor) or (_is_number(rate) and rate >= 0.0), "lr", "a number of at least 0")
+    for name in ("eps", "weight_decay"):
+        check(_is_number(group[name]) and group[name] >= 0.0, name, "a number of at least 0")
+    betas = group["betas"]
+    pair = isinstance(betas, tuple | list) and len(betas) == 2 and all(map(_is_number, betas))
+    check(pair and all(0.0 <= beta < 1.0 for beta in betas), "betas", "two numbers in [0, 1)")
     check(group["rank"] is None or group["mode"] == "paper", "rank", 'None unless mode="paper"')
     if group["mode"] in ("paper", "hybrid"):
         size = group["chunk_size"]
@@ -575,6 +591,21 @@ def _check_settings(group: dict[str, Any]) -> None:
         check(isinstance(size, int) and size >= 1, "chunk_size", "a whole number of at least 1")
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_whole(group: dict[str, Any], parameter: Tensor) -> None:
+    """Without chunks, a tensor's own size has to suit the measurement."""
+    entries, measured = parameter.numel(), group["mode"] in ("paper", "hybrid")
+    if measured and group["chunk_size"] is None and group["measurement"] == "srht" and entries & (entries - 1):
+        if not keeps_adamw(group, parameter):
+            raise ConfigError(
+                f"chunk_size=None with measurement='srht' and a parameter of {entries} entries, no power of two; take a "
+                "chunk_size, or measurement='gaussian'."
+            )
+
+
 def _warn_if_hard(group: dict[str, Any]) -> None:
     k, s, size = group["k"], group["s"], group["chunk_size"]
     if group["mode"] == "paper" and group["recover"] == "omp" and size is not None and s < size:
@@ -587,6 +618,11 @@ def _warn_if_hard(group: dict[str, Any]) -> None:
 
 def _check_parameter(parameter: Tensor) -> None:
     shape = tuple(parameter.shape)
+    if hasattr(parameter, "placements"):
+        raise ConfigError(
+            f"a parameter of shape {shape} is a DTensor, cut across ranks (FSDP2, tensor parallel); SGCAdamW needs whole "
+            "tensors: use data parallelism, or another optimizer."
+        )
     if parameter.is_complex():
         raise ConfigError(f"a parameter of shape {shape} is complex; view it as real numbers with torch.view_as_real.")
     if not parameter.is_floating_point():

@@ -23,8 +23,8 @@ from hf_ext.trainers.sgc_optimizer import SGCAdamW
 
 
 OPTIM = "sgc_adamw"
-# Under this, a step relative to the weights is lost in rounding: the rate was meant for AdamW.
-SMALL_RELATIVE_RATE = 5e-4
+# Under this, a rate was likely meant for AdamW: relative to the weights it moves next to nothing.
+SMALL_RELATIVE_RATE = 2e-4
 
 ConfigT = TypeVar("ConfigT", bound="SGCConfig")
 _logger = get_logger(__name__)
@@ -194,6 +194,11 @@ class SGCMixin:
             _refuse_sharding(trainer)
             target = trainer.model if model is None else model
             trainer.optimizer_cls_and_kwargs = (SGCAdamW, _keywords(trainer.args, target))
+            try:
+                return super().create_optimizer(model)  # type: ignore[misc]
+            finally:
+                # A search over settings makes the next optimizer from other ones.
+                trainer.optimizer_cls_and_kwargs = None
         return super().create_optimizer(model)  # type: ignore[misc]
 
 
@@ -240,6 +245,11 @@ def _keywords(args: TrainingArguments, model: torch.nn.Module) -> dict[str, Any]
     settings = {**settings, **overrides}
     settings.update(lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon)
     if budget is not None:
+        for name in ("k", "s", "chunk_size", "state_dtype"):
+            if settings.get(name) is not None:
+                raise ConfigError(
+                    f"{name}={settings[name]!r} with state_budget={budget!r}, which chooses it; leave one out."
+                )
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         defaults = SGCAdamW([torch.nn.Parameter(torch.zeros(1))], **settings).defaults
         chosen = fit_to_budget(parameters, budget, defaults)

@@ -64,6 +64,7 @@ COMMANDS = {
     "end_to_end_bfloat16": "end_to_end.py --dtypes bfloat16 --rounds 1 --systems sentencekv hybridkv --out "
     "benchmarks/results/end_to_end_bfloat16.json",
     "end_to_end_float32": "end_to_end.py --dtypes float32 --out benchmarks/results/end_to_end_float32.json",
+    "optimizer_smollm2": "optimizer_smollm2.py --seeds 0",
     "optimizer_grid_finetune_1m": "optimizer_quality.py --regime finetune --steps 300 --grid",
     "optimizer_grid_scratch_1m": "optimizer_quality.py --regime scratch --steps 1500 --grid",
     "optimizer_quality_finetune_1m": "optimizer_quality.py --regime finetune --steps 300 --seeds 0 1 2 3 4",
@@ -111,6 +112,8 @@ HEADLINES = (
     Headline("osd", "osd", "delta_quality_headlines", "recovery", r", 250 kB$", True),
     Headline("osd", "osd", "delta_quality_topics", "recovery", r", 50 kB$", True),
     Headline("osd", "osd", "delta_quality_small", "recovery", r", 24 kB$", True),
+    Headline("sgc", "sgc", "optimizer_quality_scratch_1m", "held-out loss", r"^scratch, 1m"),
+    Headline("sgc", "sgc", "optimizer_quality_finetune_1m", "held-out loss", r"^finetune, 1m"),
 )
 
 

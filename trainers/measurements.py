@@ -168,8 +168,8 @@ def omp(
 ) -> tuple[Tensor, Tensor]:
     """Orthogonal matching pursuit for all chunks at once.
 
-    A chunk whose residual fell under `tol` of its measurements goes on choosing columns with the others; what it adds has
-    coefficients of that size.
+    A chunk whose residual fell under `tol` of its measurements goes on choosing columns with the others; their coefficients are
+    zero.
 
     Args:
         measurement (`Measurement`): `A`.
@@ -190,15 +190,20 @@ def omp(
     goal = tol * unit.norm(dim=1)
     support = torch.zeros(len(y), 0, dtype=torch.long, device=y.device)
     taken = torch.zeros_like(correlations, dtype=torch.bool)
-    left = correlations
-    coefficients = unit[:, :0]
-    for _ in range(atoms):
+    left, values = correlations, unit.new_zeros(len(y), atoms)
+    done = torch.zeros_like(goal, dtype=torch.bool)
+    for chosen_so_far in range(1, atoms + 1):
         chosen = left.abs().masked_fill(taken, -1.0).argmax(1, keepdim=True)
         taken.scatter_(1, chosen, True)
         support = torch.cat([support, chosen], dim=1)
-        coefficients = solve_on_support(gram, support, correlations[:, :, None], ridge)[:, :, 0]
-        residual = unit - measurement.project(torch.zeros_like(correlations).scatter_(1, support, coefficients))
-        if bool((residual.norm(dim=1) <= goal).all()):
+        found = solve_on_support(gram, support, correlations[:, :, None], ridge)[:, :, 0]
+        found = torch.nn.functional.pad(found, (0, atoms - chosen_so_far))
+        # What is explained stays as it is; further columns would only share in it.
+        values = torch.where(done[:, None], values, found)
+        guess = torch.zeros_like(correlations).scatter_(1, support, values[:, :chosen_so_far])
+        residual = unit - measurement.project(guess)
+        done = done | (residual.norm(dim=1) <= goal)
+        if bool(done.all()):
             break
         left = measurement.correlate(residual)
-    return support, coefficients * scale
+    return support, values[:, : support.shape[1]] * scale

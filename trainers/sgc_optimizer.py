@@ -12,7 +12,6 @@ algorithm was not available, see `sgc.py`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,7 +29,7 @@ from hf_ext.trainers.factored import (
     normalize_factored,
     sketch_matrix,
 )
-from hf_ext.trainers.measurements import KINDS, Measurement
+from hf_ext.trainers.measurements import Measurement
 from hf_ext.trainers.sgc import (
     Moments,
     block_direction,
@@ -39,10 +38,9 @@ from hf_ext.trainers.sgc import (
     measured_direction,
     project_basis,
 )
+from hf_ext.trainers.sgc_checks import STATE_DTYPES, check_parameter, check_settings, check_whole
 
 
-MODES = ("factored", "paper", "hybrid", "block")
-STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FORMAT_VERSION = 1
 # Chunks are worked on in pieces of about this many entries, which bounds the temporary memory of a step.
 BUCKET_ENTRIES = 1 << 22
@@ -54,16 +52,6 @@ _STRUCTURE = (
     "format_version", "mode", "k", "chunk_size", "measurement", "seed", "rank", "moment_space", "min_numel",
     "state_dtype", "checksum",
 )  # fmt: skip
-_CHOICES = {
-    "mode": MODES,
-    "measurement": KINDS,
-    "recover": ("known", "omp"),
-    "moment_space": ("decoded", "compressed"),
-    "residual": ("none", "chunk"),
-    "state_dtype": tuple(STATE_DTYPES),
-    "on_nonfinite": ("raise", "skip"),
-}
-_AT_LEAST = {"k": 1, "s": 1, "refresh": 1, "min_numel": 1, "directions": 0, "seed": 0}
 
 _logger = get_logger(__name__)
 
@@ -73,7 +61,7 @@ class SGCAdamW(Optimizer):
 
     Args:
         params (iterable): Parameters or groups, as for any optimizer. A group may override every setting.
-        lr (`float`, defaults to 0.05):
+        lr (`float`, defaults to 0.001):
             With `relative_step` a share: how far a tensor moves at a step, in units of its own root mean square. Otherwise
             as AdamW's, up to three times as high with `mode="paper"`, where `s` entries of a chunk move.
         betas (`tuple[float, float]`, defaults to `(0.9, 0.999)`): Of both moving averages.
@@ -122,7 +110,7 @@ class SGCAdamW(Optimizer):
     def __init__(
         self,
         params: Any,
-        lr: float = 0.05,
+        lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
@@ -161,12 +149,12 @@ class SGCAdamW(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            _check_settings(group)
+            check_settings(group)
             if group["relative_step"] is None:
                 group["relative_step"] = group["mode"] == "factored"
             for parameter in group["params"]:
-                _check_parameter(parameter)
-                _check_whole(group, parameter)
+                check_parameter(parameter)
+                check_whole(group, parameter, not keeps_adamw(group, parameter))
             if group["mode"] in ("paper", "hybrid") and group["chunk_size"] is not None and group["params"]:
                 made = Measurement(group["measurement"], group["k"], group["chunk_size"], group["seed"])
                 group["checksum"] = made.checksum
@@ -554,78 +542,3 @@ def _round_into(kept: Tensor, value: Tensor, noise: torch.Generator) -> None:
     drawn = torch.randint(0, 1 << 16, value.shape, generator=noise, dtype=torch.int32)
     bits = value.contiguous().view(torch.int32) + drawn.to(value.device)
     kept.copy_((bits & -(1 << 16)).view(torch.float32))
-
-
-def _check_settings(group: dict[str, Any]) -> None:
-    def check(right: bool, name: str, expected: str) -> None:
-        if not right:
-            raise ConfigError(f"{name}={group[name]!r}; expected {expected}.")
-
-    for name, choices in _CHOICES.items():
-        check(group[name] in choices, name, "one of " + ", ".join(map(repr, choices)))
-    for name, least in _AT_LEAST.items():
-        whole = isinstance(group[name], int) and not isinstance(group[name], bool)
-        check(whole and group[name] >= least, name, f"a whole number of at least {least}")
-    check(
-        group["rank"] is None or (isinstance(group["rank"], int) and group["rank"] >= 1), "rank", "None or at least 1"
-    )
-    check(group["relative_step"] in (None, True, False), "relative_step", "True, False or None")
-    rate = group["lr"]
-    check(isinstance(rate, Tensor) or (_is_number(rate) and rate >= 0.0), "lr", "a number of at least 0")
-    for name in ("eps", "weight_decay"):
-        check(_is_number(group[name]) and group[name] >= 0.0, name, "a number of at least 0")
-    betas = group["betas"]
-    pair = isinstance(betas, tuple | list) and len(betas) == 2 and all(map(_is_number, betas))
-    check(pair and all(0.0 <= beta < 1.0 for beta in betas), "betas", "two numbers in [0, 1)")
-    check(group["rank"] is None or group["mode"] == "paper", "rank", 'None unless mode="paper"')
-    if group["mode"] in ("paper", "hybrid"):
-        size = group["chunk_size"]
-        check(
-            size is None or (isinstance(size, int) and size >= 1), "chunk_size", "None or a whole number of at least 1"
-        )
-        check(group["s"] <= group["k"], "s", f"at most k={group['k']}: no more entries than measurements")
-        check(size is None or group["k"] <= size, "k", f"at most chunk_size={size}")
-        _warn_if_hard(group)
-    elif group["mode"] == "block":
-        size = group["chunk_size"]
-        check(isinstance(size, int) and size >= 1, "chunk_size", "a whole number of at least 1")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _check_whole(group: dict[str, Any], parameter: Tensor) -> None:
-    """Without chunks, a tensor's own size has to suit the measurement."""
-    entries, measured = parameter.numel(), group["mode"] in ("paper", "hybrid")
-    if measured and group["chunk_size"] is None and group["measurement"] == "srht" and entries & (entries - 1):
-        if not keeps_adamw(group, parameter):
-            raise ConfigError(
-                f"chunk_size=None with measurement='srht' and a parameter of {entries} entries, no power of two; take a "
-                "chunk_size, or measurement='gaussian'."
-            )
-
-
-def _warn_if_hard(group: dict[str, Any]) -> None:
-    k, s, size = group["k"], group["s"], group["chunk_size"]
-    if group["mode"] == "paper" and group["recover"] == "omp" and size is not None and s < size:
-        needed = 2 * s * torch.log(torch.tensor(size / s)).item()
-        if k < needed:
-            warn_once(
-                _logger, f"k={k} measurements are few for recover='omp' with s={s} of {size}: about {needed:.0f}."
-            )
-
-
-def _check_parameter(parameter: Tensor) -> None:
-    shape = tuple(parameter.shape)
-    if hasattr(parameter, "placements"):
-        raise ConfigError(
-            f"a parameter of shape {shape} is a DTensor, cut across ranks (FSDP2, tensor parallel); SGCAdamW needs whole "
-            "tensors: use data parallelism, or another optimizer."
-        )
-    if parameter.is_complex():
-        raise ConfigError(f"a parameter of shape {shape} is complex; view it as real numbers with torch.view_as_real.")
-    if not parameter.is_floating_point():
-        raise ConfigError(f"a parameter of shape {shape} has dtype {parameter.dtype}; expected floating point.")
-    if parameter.numel() == 0:
-        raise ConfigError(f"a parameter of shape {shape} has no entries; leave it out of the optimizer.")

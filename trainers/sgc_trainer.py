@@ -24,7 +24,7 @@ from hf_ext.trainers.sgc_optimizer import SGCAdamW
 
 OPTIM = "sgc_adamw"
 # Under this, a rate was likely meant for AdamW: relative to the weights it moves next to nothing.
-SMALL_RELATIVE_RATE = 2e-4
+SMALL_RELATIVE_RATE = 1e-4
 
 ConfigT = TypeVar("ConfigT", bound="SGCConfig")
 _logger = get_logger(__name__)
@@ -39,7 +39,7 @@ class SGCConfig(TrainingArguments, MethodConfig):
 
     Args:
         optim (`str`, defaults to `"sgc_adamw"`): Any other value trains with the optimizer of that name.
-        learning_rate (`float`, defaults to 0.02): With `mode="factored"` in units of each tensor's root mean square.
+        learning_rate (`float`, defaults to 0.001): With `mode="factored"` in units of each tensor's root mean square.
         mode (`str`, defaults to `"factored"`): `"factored"`, `"paper"`, `"hybrid"` or `"block"`.
         state_budget (`float`, *optional*):
             The dial: up to 1 a share of AdamW's state in float32, above it bytes. Chooses `k`, `s`, `chunk_size` and
@@ -65,7 +65,7 @@ class SGCConfig(TrainingArguments, MethodConfig):
     """
 
     optim: str = field(default=OPTIM, metadata={"help": "The optimizer."})
-    learning_rate: float = field(default=0.02, metadata={"help": "A share of each tensor's root mean square a step."})
+    learning_rate: float = field(default=0.001, metadata={"help": "A share of each tensor's root mean square a step."})
     mode: Literal["factored", "paper", "hybrid", "block"] = field(
         default="factored", metadata={"help": "Which method."}
     )
@@ -211,7 +211,7 @@ class SGCTrainer(SGCMixin, Trainer):
         ```python
         from hf_ext import SGCConfig, SGCTrainer
 
-        args = SGCConfig(output_dir="out", learning_rate=0.02, max_steps=100)
+        args = SGCConfig(output_dir="out", learning_rate=0.001, max_steps=100)
         trainer = SGCTrainer(model=model, args=args, train_dataset=dataset)
         trainer.train()
         ```
@@ -259,14 +259,14 @@ def _keywords(args: TrainingArguments, model: torch.nn.Module) -> dict[str, Any]
                 for name in ("mode", "k", "s", "chunk_size", "state_dtype", "min_numel", "relative_step")
             }
         )
-    if (
-        settings.get("relative_step", settings.get("mode", "factored") == "factored")
-        and args.learning_rate < SMALL_RELATIVE_RATE
-    ):
+    relative = settings.get("relative_step")
+    if relative is None:
+        relative = settings.get("mode", "factored") == "factored"
+    if relative and args.learning_rate < SMALL_RELATIVE_RATE:
         warn_once(
             _logger,
-            f"learning_rate={args.learning_rate} is a share of each tensor's root mean square in mode='factored'; 0.005 to "
-            "0.1 is usual, AdamW's rates are far too small.",
+            f"learning_rate={args.learning_rate} is a share of each tensor's root mean square here; 0.0003 to 0.1 is usual, "
+            "AdamW's rates are far too small.",
         )
     return settings
 

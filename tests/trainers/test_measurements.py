@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_ext.errors import ConfigError
-from hf_ext.trainers.measurements import KINDS, Measurement, solve_on_support, top_entries
+from hf_ext.trainers.measurements import KINDS, Measurement, omp, solve_on_support, top_entries
 from tests.reference import sgc as reference
 
 
@@ -174,3 +174,17 @@ def test_solving_on_a_support_is_ridge_regression_chunk_by_chunk(kind, ridge):
         for column in range(2):
             expected = reference.least_squares(matrix, y[chunk, :, column].double(), support[chunk].tolist(), ridge)
             torch.testing.assert_close(found[chunk, :, column].double(), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("k", [16, 32, 64])
+def test_a_search_over_chunks_of_all_kinds_ends(k):
+    measurement = Measurement("srht", k, 256, 0)
+    chunks = torch.zeros(4, 256)
+    chunks[0].normal_()
+    chunks[1, [3, 70, 200]] = torch.tensor([1.0, -2.0, 0.5])
+    chunks[2].fill_(1.0)
+    support, values = omp(measurement, measurement.project(chunks), k)
+    assert bool(values.isfinite().all())
+    found = torch.zeros(4, 256).scatter_(1, support, values)
+    assert float((found[1] - chunks[1]).abs().max()) < 0.1
+    assert float(values[3].abs().max()) == 0.0

@@ -9,7 +9,8 @@ from hf_ext.errors import ConfigError
 from hf_ext.tiny import tiny_model
 from hf_ext.trainers.measurements import Measurement
 from hf_ext.trainers.sgc_budget import CHUNK_SIZES, adamw_bytes, fit_to_budget, planned_bytes
-from hf_ext.trainers.sgc_optimizer import MODES, SGCAdamW
+from hf_ext.trainers.sgc_checks import MODES
+from hf_ext.trainers.sgc_optimizer import SGCAdamW
 
 
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.03, 0.08, 0.15)

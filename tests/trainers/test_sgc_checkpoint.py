@@ -390,3 +390,24 @@ def test_a_kept_count_of_steps_is_whole(case):
     parameters, optimizer = build(case, shapes=SHAPES)
     feed(optimizer, parameters, range(3))
     assert all(state["step"].dtype == torch.int64 and int(state["step"]) == 3 for state in optimizer.state.values())
+
+
+def test_who_resumes_after_an_error_may_have_chosen_to_skip():
+    parameter = torch.nn.Parameter(torch.ones(8, 8))
+    saved = SGCAdamW([parameter], on_nonfinite="raise")
+    parameter.grad = torch.ones(8, 8)
+    saved.step()
+    resumed = SGCAdamW([parameter], on_nonfinite="skip")
+    resumed.load_state_dict(saved.state_dict())
+    assert resumed.param_groups[0]["on_nonfinite"] == "skip"
+
+
+@pytest.mark.parametrize("size", [3e19, 1e30])
+def test_a_single_large_entry_is_not_squared_away(size):
+    parameter = torch.nn.Parameter(torch.ones(1))
+    optimizer = SGCAdamW([parameter])
+    for gradient in (size, 1.0):
+        parameter.grad = torch.full((1,), gradient)
+        optimizer.step()
+    assert bool(parameter.isfinite().all())
+    assert bool(optimizer.state[parameter]["second"].isfinite().all())

@@ -10,6 +10,7 @@ import hf_ext
 from hf_ext.errors import NonFiniteGradientError
 from hf_ext.trainers import sgc_optimizer
 from hf_ext.trainers.factored import SMALLEST_SCALE
+from hf_ext.trainers.sgc_checks import MODES
 from hf_ext.trainers.sgc_optimizer import SGCAdamW
 from tests.trainers.helpers import (
     CASES,
@@ -450,7 +451,7 @@ def test_a_vector_of_large_entries_moves_as_one_of_ones():
 
 
 def test_relative_is_the_default_of_the_factored_mode_alone():
-    found = {m: SGCAdamW(make_parameters(), mode=m).param_groups[0]["relative_step"] for m in sgc_optimizer.MODES}
+    found = {m: SGCAdamW(make_parameters(), mode=m).param_groups[0]["relative_step"] for m in MODES}
     assert found == {"factored": True, "paper": False, "hybrid": False, "block": False}
 
 

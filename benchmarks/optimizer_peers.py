@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import Adafactor, Trainer
 
-from hf_ext.trainers.sgc_budget import fit_to_budget
+from hf_ext.trainers.sgc_budget import budget_settings
 from hf_ext.trainers.sgc_optimizer import SGCAdamW
 
 
@@ -165,10 +165,8 @@ def sgc(budget: float | None = None, **settings: Any) -> Make:
     def make(model: nn.Module, rate: float) -> Optimizer:
         groups, chosen = decay_groups(model), settings
         if budget is not None:
-            defaults = SGCAdamW([nn.Parameter(torch.zeros(1))], lr=rate, **settings).defaults
-            found = fit_to_budget([weight for group in groups for weight in group["params"]], budget, defaults)
-            names = ("mode", "k", "s", "chunk_size", "state_dtype", "min_numel", "relative_step")
-            chosen = {**settings, **{name: found[name] for name in names}}
+            weights = [weight for group in groups for weight in group["params"]]
+            chosen = budget_settings(weights, budget, settings)
         return SGCAdamW(groups, lr=rate, betas=BETAS, eps=EPS, **chosen)
 
     return make

@@ -6,12 +6,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from math import isfinite, log
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hf_ext.errors import ConfigError
 from hf_ext.trainers.measurements import Measurement
 from hf_ext.trainers.sgc_checks import STATE_DTYPES
-from hf_ext.trainers.sgc_optimizer import cut_shape, keeps_adamw, state_shapes
+from hf_ext.trainers.sgc_optimizer import SGCAdamW, cut_shape, keeps_adamw, state_shapes
 
 
 # AdamW keeps two float32 numbers a weight.
@@ -19,6 +20,8 @@ ADAMW_BYTES = 8
 CHUNK_SIZES = tuple(1 << power for power in range(8, 21))
 # Measured chunks need the products of all columns with each other for a moment: N x N numbers.
 MEASURED_CHUNK_SIZES = tuple(size for size in CHUNK_SIZES if size <= 4096)
+# Settings that a budget may replace.
+CHOSEN = ("mode", "k", "s", "chunk_size", "state_dtype", "min_numel", "relative_step")
 # Fewer measurements a chunk than this say nothing about it; larger chunks do better.
 FEWEST = 16
 
@@ -58,6 +61,13 @@ def planned_bytes(parameters: Sequence[Tensor], settings: dict[str, Any]) -> int
     for size in measured:
         total += Measurement(settings["measurement"], min(settings["k"], size), size, settings["seed"]).nbytes
     return total
+
+
+def budget_settings(parameters: Sequence[Tensor], budget: float, settings: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of `SGCAdamW` with those a budget chooses put in; see `fit_to_budget`."""
+    defaults = SGCAdamW([torch.nn.Parameter(torch.zeros(1))], **settings).defaults
+    chosen = fit_to_budget(parameters, budget, defaults)
+    return {**settings, **{name: chosen[name] for name in CHOSEN}}
 
 
 def fit_to_budget(parameters: Sequence[Tensor], budget: float, settings: dict[str, Any]) -> dict[str, Any]:

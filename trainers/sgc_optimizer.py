@@ -360,7 +360,7 @@ class SGCAdamW(Optimizer):
         state = self._advance(group, parameter)
         gradient = self._gradient(parameter).flatten(1)
         wide = gradient if gradient.shape[0] <= gradient.shape[1] else gradient.T
-        if (int(state["step"]) - 1) % group["refresh"] == 0 or not bool(state["basis"].any()):
+        if (int(state["step"]) - 1) % group["refresh"] == 0:
             state["basis"].copy_(project_basis(wide, state["basis"]))
         inner = state["basis"].T @ wide
         decoded = self._directions(group, [_Chunked(parameter, inner, state, None)]).flatten()[: inner.numel()]

@@ -18,7 +18,7 @@ from transformers.training_args import OptimizerNames
 from hf_ext.config import MethodConfig
 from hf_ext.errors import ConfigError
 from hf_ext.log import get_logger, warn_once
-from hf_ext.trainers.sgc_budget import fit_to_budget
+from hf_ext.trainers.sgc_budget import budget_settings
 from hf_ext.trainers.sgc_optimizer import SGCAdamW
 
 
@@ -251,14 +251,7 @@ def _keywords(args: TrainingArguments, model: torch.nn.Module) -> dict[str, Any]
                     f"{name}={settings[name]!r} with state_budget={budget!r}, which chooses it; leave one out."
                 )
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        defaults = SGCAdamW([torch.nn.Parameter(torch.zeros(1))], **settings).defaults
-        chosen = fit_to_budget(parameters, budget, defaults)
-        settings.update(
-            {
-                name: chosen[name]
-                for name in ("mode", "k", "s", "chunk_size", "state_dtype", "min_numel", "relative_step")
-            }
-        )
+        settings = budget_settings(parameters, budget, settings)
     relative = settings.get("relative_step")
     if relative is None:
         relative = settings.get("mode", "factored") == "factored"

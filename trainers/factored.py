@@ -5,8 +5,8 @@ Not in the SGC paper; what it keeps is smaller still than what the paper measure
 
 1. Second moments as a row times a column, `M + N` numbers (Adafactor, arXiv 1804.04235), turn `G` into `U`.
 2. A few directions hold most of `U` and hide what the others say. A random sketch `Omega U` of `R` rows finds them, and
-   their singular values are cut to a multiple of the mean of the rest. Nothing is kept for it but `Omega`, which a seed
-   describes and all tensors of a height share. Muon (momentum and all singular values made equal) does this in full.
+   their singular values are cut to a multiple of the mean of the rest. Nothing is kept for it: `Omega` is drawn anew at
+   every step. Muon (momentum and all singular values made equal) does this in full.
 3. A step moves a tensor by a share of its own root mean square, so that gains around 1 and weights around 0.02 learn with
    one rate.
 

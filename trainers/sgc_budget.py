@@ -12,7 +12,7 @@ from torch import Tensor
 from hf_ext.errors import ConfigError
 from hf_ext.trainers.measurements import Measurement
 from hf_ext.trainers.sgc_checks import STATE_DTYPES
-from hf_ext.trainers.sgc_optimizer import SGCAdamW, cut_shape, keeps_adamw, state_shapes
+from hf_ext.trainers.sgc_optimizer import SGCAdamW, keeps_adamw, state_shapes
 
 
 # AdamW keeps two float32 numbers a weight.
@@ -42,7 +42,7 @@ def planned_bytes(parameters: Sequence[Tensor], settings: dict[str, Any]) -> int
         `int`
     """
     width = STATE_DTYPES[settings["state_dtype"]].itemsize
-    total, sketches, measured = 0, set(), set()
+    total, measured = 0, set()
     for parameter in parameters:
         shapes = state_shapes(settings, parameter)
         total += 8  # the count of steps
@@ -51,13 +51,10 @@ def planned_bytes(parameters: Sequence[Tensor], settings: dict[str, Any]) -> int
             for side in shape:
                 entries *= side
             total += entries * (4 if name == "basis" else width)
-        if "rows" in shapes and (cut := cut_shape(settings, parameter)):
-            sketches.add(cut)
         if settings["mode"] in ("paper", "hybrid") and not keeps_adamw(settings, parameter):
             # Without chunks a tensor is measured whole, or what its basis leaves of it.
             whole = shapes["basis"][1] * max(_sides(parameter)) if "basis" in shapes else parameter.numel()
             measured.add(settings["chunk_size"] or whole)
-    total += sum(4 * rank * rows for rank, rows in sketches)
     for size in measured:
         total += Measurement(settings["measurement"], min(settings["k"], size), size, settings["seed"]).nbytes
     return total

@@ -79,7 +79,7 @@ class SGCAdamW(Optimizer):
         residual (`str`, defaults to `"none"`): `"none"` or `"chunk"`, see there.
         rank (`int`, *optional*): Of CESGC's projection of matrices; `None` measures the gradient itself.
         refresh (`int`, defaults to 200): Steps between two projections of CESGC.
-        directions (`int`, defaults to 4): Leading directions that `"factored"` cuts; 0 cuts none.
+        directions (`int`, defaults to 16): Leading directions that `"factored"` cuts, at most a quarter of a matrix's; 0 cuts none.
         relative_step (`bool`, *optional*):
             Whether `lr` is a share of each tensor's root mean square (at least 0.02, for vectors at most 1); `None` means with
             `mode="factored"` alone.
@@ -125,7 +125,7 @@ class SGCAdamW(Optimizer):
         residual: str = "none",
         rank: int | None = None,
         refresh: int = 200,
-        directions: int = 4,
+        directions: int = 16,
         relative_step: bool | None = None,
         min_numel: int = 4096,
         seed: int = 0,
@@ -134,7 +134,7 @@ class SGCAdamW(Optimizer):
     ) -> None:
         settings = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
         self._measurements: dict[tuple, Measurement] = {}
-        self._sketches: dict[tuple, Tensor] = {}
+        self._sketches: dict[tuple, Tensor] = {}  # of the step that is being made
         self._huge = False  # gradients of this step are too large to be squared
         self.monitor = False  # fill `seen` at the next step
         self.seen: dict[str, float] = {}
@@ -197,6 +197,7 @@ class SGCAdamW(Optimizer):
                     state, scale = self._advance(group, parameter), _scale(group, parameter)
                     large.append(_Chunked(parameter, self._gradient(parameter), state, scale))
             self._update_chunks(group, large)
+        self._sketches.clear()
         if self._tally:
             kept, total, unexplained, measured = torch.stack(self._tally).sum(0).tolist()
             self.seen = {
@@ -208,7 +209,6 @@ class SGCAdamW(Optimizer):
     def state_bytes(self) -> int:
         """Bytes of all that stays alive between steps: the state of all parameters, and matrices kept for reuse."""
         tensors = [v for state in self.state.values() for v in state.values() if isinstance(v, Tensor)]
-        tensors += self._sketches.values()
         measured = sum(measurement.nbytes for measurement in self._measurements.values())
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors) + measured
 
@@ -308,10 +308,11 @@ class SGCAdamW(Optimizer):
             self._measurements[key] = Measurement(*key)
         return self._measurements[key]
 
-    def _sketch(self, group: dict[str, Any], rank: int, rows: int, device: torch.device) -> Tensor:
-        key = (rank, rows, group["seed"], device)
+    def _sketch(self, group: dict[str, Any], step: int, rank: int, rows: int, device: torch.device) -> Tensor:
+        """Shared by all tensors of a height, and another at each step: what one misses the next will see."""
+        key = (rank, rows, group["seed"] + step, device)
         if key not in self._sketches:
-            self._sketches[key] = sketch_matrix(rank, rows, group["seed"]).to(device)
+            self._sketches[key] = sketch_matrix(*key[:3]).to(device)
         return self._sketches[key]
 
     def _advance(self, group: dict[str, Any], parameter: Tensor) -> dict[str, Tensor]:
@@ -348,7 +349,7 @@ class SGCAdamW(Optimizer):
         update = normalize_factored(gradient, rows, columns, at.beta2, at.correction2, at.eps)
         norm = after = torch.linalg.vector_norm(update)
         if cut := cut_shape(group, parameter):
-            after = cut_directions_(update, norm, self._sketch(group, *cut, update.device))
+            after = cut_directions_(update, norm, self._sketch(group, at.step, *cut, update.device))
         # What was cut off is given to the other directions. As in Adafactor, more than one unit is brought back to one.
         factor = norm.clamp_max(update.numel() ** 0.5) / after.clamp_min(torch.finfo(torch.float32).tiny)
         scale = _scale(group, parameter)
@@ -503,8 +504,8 @@ def cut_shape(group: dict[str, Any], parameter: Tensor) -> tuple[int, int] | Non
     Rows of an embedding are words, most of them absent from a batch: its directions are the words that were there.
     """
     sides = (parameter.shape[0], parameter.numel() // parameter.shape[0])
-    rank = group["directions"]
-    return (rank, sides[0]) if 0 < 4 * rank <= min(sides) and max(sides) < 16 * min(sides) else None
+    rank = min(group["directions"], min(sides) // 4)
+    return (rank, sides[0]) if rank and max(sides) < 16 * min(sides) else None
 
 
 def _moments(group: dict[str, Any], state: dict[str, Tensor]) -> Moments:

@@ -9,7 +9,7 @@ import torch
 import hf_ext
 from hf_ext.errors import NonFiniteGradientError
 from hf_ext.trainers import sgc_optimizer
-from hf_ext.trainers.factored import SMALLEST_SCALE
+from hf_ext.trainers.factored import SMALLEST_SCALE, sketch_matrix
 from hf_ext.trainers.sgc_checks import MODES
 from hf_ext.trainers.sgc_optimizer import SGCAdamW
 from tests.trainers.helpers import (
@@ -455,13 +455,30 @@ def test_relative_is_the_default_of_the_factored_mode_alone():
     assert found == {"factored": True, "paper": False, "hybrid": False, "block": False}
 
 
-def test_cutting_directions_changes_large_matrices_alone():
-    for shapes, same in (([(24, 40)], False), ([(7, 9)], True), ([(8, 400)], True), ([(40,)], True)):
+def test_cutting_directions_changes_matrices_that_are_not_narrow_alone():
+    for shapes, same in (([(24, 40)], False), ([(7, 9)], False), ([(3, 9)], True), ([(8, 400)], True), ([(40,)], True)):
         parameters, optimizer = build("factored", shapes=shapes)
         others, plain = build("factored", shapes=shapes, directions=0)
         feed(optimizer, parameters, [0])
         feed(plain, others, [0])
         assert (largest_gap(parameters, others) == 0.0) is same, shapes
+
+
+def test_every_step_has_a_sketch_of_its_own_and_none_is_kept(monkeypatch):
+    drawn = []
+
+    def draw(rank, rows, seed):
+        drawn.append((rank, rows, seed))
+        return sketch_matrix(rank, rows, seed)
+
+    monkeypatch.setattr(sgc_optimizer, "sketch_matrix", draw)
+    parameters, optimizer = build("factored", shapes=[(24, 40), (24, 32), (12, 40)], directions=8, seed=3)
+    feed(optimizer, parameters, range(2))
+    # Once a step for all of a height, of no more than a quarter of their directions.
+    assert drawn == [(6, 24, 4), (3, 12, 4), (6, 24, 5), (3, 12, 5)]
+    kept = [t for state in optimizer.state.values() for t in state.values()]
+    assert optimizer.state_bytes() == sum(t.untyped_storage().nbytes() for t in kept)
+    assert not optimizer._sketches
 
 
 def test_a_projection_is_refreshed_on_schedule_and_steps_stay_in_its_span():

@@ -6,14 +6,15 @@
 Regime `scratch`: random weights, four topics of the BBC news, 60 of their articles held out. Regime `finetune`: a model that
 AdamW trained so (1000 steps of four sequences, made once a seed and kept in the user's cache folder), then the fifth topic,
 sports, 48 articles held out. Sequences of 128 tokens; warm-up over 5% of the steps, a cosine down to 5% of the rate, decay of
-0.01, gradients clipped to norm 1. A seed chooses initial weights and order; held-out articles are the same for all.
+0.01, gradients clipped to norm 1. A seed chooses initial weights and order; held-out articles are the same for all. The
+size 10m is trained with bfloat16 autocast, float32 weights, and judged in float32.
 
 `--grid` tries three rates of each optimizer on seed 0, and more in the direction of the best while it is at an edge, two
 at most; the best is kept in `optimizer_grid_<regime>_<size>.json`. Without it all seeds run at that rate. Rates are chosen by
 the held-out loss of seed 0 that is also reported, for ours and peers alike. Every run is written to `runs/` as soon as it is
 done and is never run twice: whoever is stopped goes on where it was. State is what `true_state_bytes` counts after the last
-step, as a share of AdamW's eight bytes a parameter of the whole model. Step times are processor time of `optimizer.step()`,
-the median over a run. Differences are to ours of the same seed.
+step, as a share of AdamW's eight bytes a parameter of the whole model. Differences are to ours of the same seed; times are
+`optimizer_speed.py`'s.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ import shutil
 import statistics
 import sys
 import tempfile
-import time
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -57,12 +57,15 @@ SIZES = {
     "1m": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4},
     "10m": {"hidden_size": 384, "intermediate_size": 1184, "num_hidden_layers": 5, "num_attention_heads": 6},
 }
+AUTOCAST = ("10m",)  # sizes
 HELD_OUT = 60  # articles of the regime `scratch`
 WARM_UP, FLOOR, CLIP = 0.05, 0.05, 1.0
 STEPS = {"scratch": 250, "finetune": 200}
 BASE_STEPS, BASE_BATCH, BASE_RATE = 1000, 4, 3e-3
 EXTENSIONS = 2
 _VERSION = "v1"  # part of the folder's name: raise it when training of the base model changes
+# Of the modes of `SGCAdamW`: raise one when it computes something else, and its runs of before count no more.
+ARITHMETIC = {"factored": 2, "paper": 1, "hybrid": 1, "block": 1}
 # Quantiles of Student's t for 95% intervals, by degrees of freedom.
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
@@ -116,7 +119,7 @@ def base_model(size: str, seed: int) -> Path:
         partial = Path(tempfile.mkdtemp(prefix=folder.name + ".partial-", dir=folder.parent))
         try:
             model = build(size, seed)
-            train(model, adamw(model, BASE_RATE), "scratch", seed, BASE_STEPS, BASE_BATCH)
+            train(model, adamw(model, BASE_RATE), "scratch", size, seed, BASE_STEPS, BASE_BATCH)
             model.save_pretrained(partial)
             os.replace(partial, folder)
         finally:
@@ -146,28 +149,26 @@ def factor(step: int, steps: int) -> float:
     return FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
 
-def train(model, optimizer: Optimizer, regime: str, seed: int, steps: int, batch: int) -> tuple[bool, list[float]]:
-    """Whether the loss stayed finite, and processor seconds of every step of the optimizer."""
+def train(model, optimizer: Optimizer, regime: str, size: str, seed: int, steps: int, batch: int) -> bool:
+    """Whether the loss stayed finite."""
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     schedule = LambdaLR(optimizer, lambda step: factor(step, steps))
-    seconds = []
     model.train()
     for step in range(steps):
-        loss = token_loss(model, batch_of(regime, seed, step, batch))
+        with torch.autocast("cpu", torch.bfloat16, enabled=size in AUTOCAST):
+            loss = token_loss(model, batch_of(regime, seed, step, batch))
         if not math.isfinite(loss.item()):
-            return False, seconds
+            return False
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, CLIP)
-        began = time.process_time()
         try:
             optimizer.step()
         except FloatingPointError:
-            return False, seconds
-        seconds.append(time.process_time() - began)
+            return False
         schedule.step()
         optimizer.zero_grad()
     model.eval()
-    return True, seconds
+    return True
 
 
 def settings_of(optimizer: Optimizer) -> str:
@@ -177,28 +178,38 @@ def settings_of(optimizer: Optimizer) -> str:
     return json.dumps({name: value for name, value in optimizer.defaults.items() if name != "lr"}, sort_keys=True)
 
 
+def arithmetic(settings: str) -> int:
+    """Version of what an `SGCAdamW` with these settings computes, 1 for peers."""
+    return ARITHMETIC[json.loads(settings)["mode"]] if settings else 1
+
+
 class Lab:
     """Runs of one regime and size, kept in files.
 
     Args:
         regime, size, steps, batch: what is trained, and for how long.
         folder: where results go.
+        study: in their files' names.
     """
 
-    def __init__(self, regime: str, size: str, steps: int, batch: int, folder: Path) -> None:
+    def __init__(
+        self, regime: str, size: str, steps: int, batch: int, folder: Path, study: str = "quality"
+    ) -> None:
         self.regime, self.size, self.steps, self.batch = regime, size, steps, batch
-        self.runs_path = folder / "runs" / f"optimizer_quality_{regime}_{size}.json"
-        self.rows_path = folder / f"optimizer_quality_{regime}_{size}.json"
-        self.grid_path = folder / f"optimizer_grid_{regime}_{size}.json"
+        grid = "grid" if study == "quality" else f"{study}_grid"
+        self.runs_path = folder / "runs" / f"optimizer_{study}_{regime}_{size}.json"
+        self.rows_path = folder / f"optimizer_{study}_{regime}_{size}.json"
+        self.grid_path = folder / f"optimizer_{grid}_{regime}_{size}.json"
 
     @property
     def setting(self) -> str:
         return f"{self.regime}, {self.size}, {self.steps} steps, batch {self.batch}"
 
     def runs(self) -> list[Run]:
-        """All runs of these steps and batch."""
+        """All runs of these steps and batch, and of the present arithmetic."""
         found = json.loads(self.runs_path.read_text()) if self.runs_path.is_file() else []
-        return [run for run in found if (run["steps"], run["batch"]) == (self.steps, self.batch)]
+        found = [run for run in found if (run["steps"], run["batch"]) == (self.steps, self.batch)]
+        return [run for run in found if run.get("arithmetic", 1) == arithmetic(run["settings"])]
 
     def keep(self, run: Run) -> None:
         """Add a run to the file, in which others may have been written meanwhile."""
@@ -216,7 +227,6 @@ class Lab:
         for run in self.runs():
             if run["method"] == name and same(run):
                 return run
-        began = time.process_time()
         model = start(self.regime, self.size, seed)
         parameters = sum(weight.numel() for weight in model.parameters())
         set_seed(seed)
@@ -228,9 +238,8 @@ class Lab:
                 self.keep(copy)
                 print(f"{self.setting}: {name} is {run['method']}", flush=True)
                 return copy
-        fine, seconds = train(model, optimizer, self.regime, seed, self.steps, self.batch)
         loss = math.nan
-        if fine:
+        if train(model, optimizer, self.regime, self.size, seed, self.steps, self.batch):
             size = true_state_bytes(optimizer)
             loss = small_finetunes.loss(model, list(sequences(self.regime, "held_out").split(16)))
         finite = math.isfinite(loss)
@@ -243,17 +252,12 @@ class Lab:
             "loss": loss if finite else None,  # no JSON for a loss that is not finite
             "state_bytes": size if finite else None,
             "parameters": parameters,
-            "step_ms": 1000 * statistics.median(seconds) if seconds else None,
-            "seconds": round(time.process_time() - began, 1),
             "settings": settings,
+            "arithmetic": arithmetic(settings),
         }
         self.keep(run)
         what = f"loss {loss:.4f}, state {size / 8 / parameters:.4%}" if finite else "diverged"
-        print(
-            f"{self.setting}: {name}, rate {rate:g}, seed {seed}: {what}, step {run['step_ms'] or 0:.1f} ms, "
-            f"{run['seconds']} s",
-            flush=True,
-        )
+        print(f"{self.setting}: {name}, rate {rate:g}, seed {seed}: {what}", flush=True)
         return run
 
     def search(self, name: str, peer: Peer) -> None:
@@ -307,7 +311,6 @@ class Lab:
             share = last["state_bytes"] / 8 / last["parameters"]
             rows.append(self._row(name, "held-out loss", [run["loss"] for run in by_seed.values()], "nats"))
             rows.append(Row("sgc", name, self.setting, "state, share of AdamW's", share))
-            rows.append(self._row(name, "optimizer step", [run["step_ms"] for run in by_seed.values()], "ms"))
             ours = found.get(OURS, {})
             both = [run["loss"] - ours[seed]["loss"] for seed, run in by_seed.items() if seed in ours]
             if name != OURS and len(both) > 1:

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-
-MODES = ("factored", "paper")
+from tests.trainers.two_ranks import CASES
 
 
 def free_port():
@@ -19,13 +18,14 @@ def free_port():
         return probe.getsockname()[1]
 
 
-@pytest.mark.slow
-def test_two_ranks_stay_equal_and_resume_exactly(tmp_path):
-    port = str(free_port())
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What each of two processes ended with, a dictionary of cases each."""
+    folder, port = tmp_path_factory.mktemp("ranks"), str(free_port())
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.trainers.two_ranks", str(tmp_path), *MODES],
+            [sys.executable, "-m", "tests.trainers.two_ranks", str(folder)],
             cwd=Path(__file__).resolve().parents[2],
             env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
@@ -35,18 +35,23 @@ def test_two_ranks_stay_equal_and_resume_exactly(tmp_path):
         for rank in range(2)
     ]
     try:
-        outputs = [process.communicate(timeout=180)[0] for process in processes]
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
     for process, output in zip(processes, outputs):
         assert process.returncode == 0, output[-3000:]
-    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
-    for mode in MODES:
-        one, other = first[mode], second[mode]
-        assert (one["ranks"], one["mode"]) == (2, mode)
-        for name, weight in one["whole"].items():
-            assert torch.equal(weight, other["whole"][name]), name
-            assert torch.equal(weight, one["resumed"][name]), name
-            assert torch.equal(weight, other["resumed"][name]), name
-        assert all(torch.equal(left, right) for left, right in zip(one["state"], other["state"]))
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_stay_equal_and_resume_exactly(ranks, case):
+    one, other = (found[case] for found in ranks)
+    assert (one["ranks"], one["mode"]) == (2, CASES[case]["mode"])
+    for name, weight in one["whole"].items():
+        assert torch.equal(weight, other["whole"][name]), name
+        assert torch.equal(weight, one["resumed"][name]), name
+        assert torch.equal(weight, other["resumed"][name]), name
+    assert len(one["state"]) == len(other["state"]) > 0
+    assert all(torch.equal(left, right) for left, right in zip(one["state"], other["state"]))

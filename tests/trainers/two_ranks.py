@@ -8,20 +8,34 @@ import torch
 from tests.trainers.training import make_trainer, weights
 
 
-def run(folder: Path, mode: str) -> dict:
+CASES = {
+    "factored": {"mode": "factored"},
+    "factored, bfloat16 state": {"mode": "factored", "state_dtype": "bfloat16"},
+    "factored, bfloat16 weights": {"mode": "factored", "dtype": torch.bfloat16},
+    "factored, two batches a step": {"mode": "factored", "gradient_accumulation_steps": 2},
+    "hybrid": {"mode": "hybrid"},
+    "block": {"mode": "block"},
+    "paper": {"mode": "paper"},
+    "paper, omp": {"mode": "paper", "recover": "omp"},
+    "paper, rank": {"mode": "paper", "rank": 4, "refresh": 3},
+    "paper, bfloat16 weights": {"mode": "paper", "dtype": torch.bfloat16},
+}
+
+
+def run(folder: Path, case: str) -> dict:
     settings = {
-        "mode": mode,
+        **CASES[case],
         "max_steps": 10,
         "per_device_train_batch_size": 2,
         "save_strategy": "steps",
         "save_steps": 5,
         "ddp_backend": "gloo",
     }
-    whole = make_trainer(output_dir=str(folder / mode), **settings)
+    whole = make_trainer(output_dir=str(folder / case), **settings)
     whole.train()
     optimizer = whole.optimizer.optimizer
-    resumed = make_trainer(output_dir=str(folder / f"{mode}-resumed"), **settings)
-    resumed.train(resume_from_checkpoint=str(folder / mode / "checkpoint-5"))
+    resumed = make_trainer(output_dir=str(folder / f"{case}, resumed"), **settings)
+    resumed.train(resume_from_checkpoint=str(folder / case / "checkpoint-5"))
     return {
         "ranks": whole.args.world_size,
         "mode": optimizer.param_groups[0]["mode"],
@@ -33,7 +47,7 @@ def run(folder: Path, mode: str) -> dict:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    folder, *modes = sys.argv[1:]
-    found = {mode: run(Path(folder), mode) for mode in modes}
-    torch.save(found, Path(folder) / f"rank{torch.distributed.get_rank()}.pt")
+    folder = Path(sys.argv[1])
+    found = {case: run(folder, case) for case in CASES}
+    torch.save(found, folder / f"rank{torch.distributed.get_rank()}.pt")
     torch.distributed.destroy_process_group()

@@ -180,6 +180,7 @@ VARIANTS = {
     OURS: Peer(sgc(), 5e-2, 5e-2),
     "no direction cut": Peer(sgc(directions=0), 5e-2, 5e-2),
     "4 directions cut": Peer(sgc(directions=4), 5e-2, 5e-2),
+    "16 directions cut": Peer(sgc(directions=16), 5e-2, 5e-2),
     "32 directions cut": Peer(sgc(directions=32), 5e-2, 5e-2),
     "steps not relative": Peer(sgc(relative_step=False), 5e-3, 5e-3),
     "bfloat16 state": Peer(sgc(state_dtype="bfloat16"), 5e-2, 5e-2),

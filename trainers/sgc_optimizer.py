@@ -79,7 +79,7 @@ class SGCAdamW(Optimizer):
         residual (`str`, defaults to `"none"`): `"none"` or `"chunk"`, see there.
         rank (`int`, *optional*): Of CESGC's projection of matrices; `None` measures the gradient itself.
         refresh (`int`, defaults to 200): Steps between two projections of CESGC.
-        directions (`int`, defaults to 16): Leading directions that `"factored"` cuts, at most a quarter of a matrix's; 0 cuts none.
+        directions (`int`, defaults to 8): Leading directions that `"factored"` cuts, at most a quarter of a matrix's; 0 cuts none.
         relative_step (`bool`, *optional*):
             Whether `lr` is a share of each tensor's root mean square (at least 0.02, for vectors at most 1); `None` means with
             `mode="factored"` alone.
@@ -125,7 +125,7 @@ class SGCAdamW(Optimizer):
         residual: str = "none",
         rank: int | None = None,
         refresh: int = 200,
-        directions: int = 16,
+        directions: int = 8,
         relative_step: bool | None = None,
         min_numel: int = 4096,
         seed: int = 0,

@@ -54,7 +54,7 @@ class SGCConfig(TrainingArguments, MethodConfig):
         residual (`str`, defaults to `"none"`): `"none"` or `"chunk"`.
         rank (`int`, *optional*): Of CESGC's projection, with `mode="paper"`.
         refresh (`int`, defaults to 200): Steps between two projections.
-        directions (`int`, defaults to 16): Leading directions that `"factored"` cuts, at most a quarter of a matrix's.
+        directions (`int`, defaults to 8): Leading directions that `"factored"` cuts, at most a quarter of a matrix's.
         relative_step (`bool`, *optional*): Whether the rate is relative; `None` means with `"factored"` alone.
         min_numel (`int`, defaults to 4096): With chunks, smaller tensors keep AdamW's state.
         sketch_seed (`int`, defaults to 0): Of the measurements; independent of `seed`.
@@ -81,7 +81,7 @@ class SGCConfig(TrainingArguments, MethodConfig):
     rank: int | None = field(default=None, metadata={"help": "Of CESGC's projection."})
     refresh: int = field(default=200, metadata={"help": "Steps between two projections."})
     relative_step: bool | None = field(default=None, metadata={"help": "Rate as a share of the weights' scale."})
-    directions: int = field(default=16, metadata={"help": "Leading directions that are cut."})
+    directions: int = field(default=8, metadata={"help": "Leading directions that are cut."})
     min_numel: int = field(default=4096, metadata={"help": "Smaller tensors keep AdamW's state."})
     sketch_seed: int = field(default=0, metadata={"help": "Of the measurements."})
     on_nonfinite: Literal["raise", "skip"] = field(default="raise", metadata={"help": "At NaN in a gradient."})

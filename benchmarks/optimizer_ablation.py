@@ -177,18 +177,18 @@ def gradient_momentum(model: nn.Module, rate: float) -> Optimizer:
 
 # With the middle of their grids; where steps are not relative, as Adafactor's.
 VARIANTS = {
-    OURS: Peer(sgc(), 5e-2, 5e-2),
-    "no direction cut": Peer(sgc(directions=0), 5e-2, 5e-2),
-    "4 directions cut": Peer(sgc(directions=4), 5e-2, 5e-2),
-    "16 directions cut": Peer(sgc(directions=16), 5e-2, 5e-2),
-    "32 directions cut": Peer(sgc(directions=32), 5e-2, 5e-2),
+    OURS: Peer(sgc(), 5e-3, 5e-3),
+    "no direction cut": Peer(sgc(directions=0), 5e-3, 5e-3),
+    "4 directions cut": Peer(sgc(directions=4), 5e-3, 5e-3),
+    "16 directions cut": Peer(sgc(directions=16), 5e-3, 5e-3),
+    "32 directions cut": Peer(sgc(directions=32), 5e-3, 5e-3),
     "steps not relative": Peer(sgc(relative_step=False), 5e-3, 5e-3),
-    "bfloat16 state": Peer(sgc(state_dtype="bfloat16"), 5e-2, 5e-2),
-    "momentum, full": Peer(step_momentum(Full), 5e-2, 5e-2),
-    "momentum, 4 bit": Peer(step_momentum(FourBit), 5e-2, 5e-2),
-    "momentum, measured": Peer(step_momentum(Measured), 5e-2, 5e-2),
-    "momentum, largest, error fed back": Peer(step_momentum(FedBack), 5e-2, 5e-2),
-    "momentum of gradients, full": Peer(gradient_momentum, 2e-2, 2e-2),
+    "bfloat16 state": Peer(sgc(state_dtype="bfloat16"), 5e-3, 5e-3),
+    "momentum, full": Peer(step_momentum(Full), 5e-3, 5e-3),
+    "momentum, 4 bit": Peer(step_momentum(FourBit), 5e-3, 5e-3),
+    "momentum, measured": Peer(step_momentum(Measured), 5e-3, 5e-3),
+    "momentum, largest, error fed back": Peer(step_momentum(FedBack), 5e-3, 5e-3),
+    "momentum of gradients, full": Peer(gradient_momentum, 2e-3, 2e-3),
 }
 
 

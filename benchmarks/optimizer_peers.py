@@ -173,7 +173,7 @@ def sgc(budget: float | None = None, **settings: Any) -> Make:
 
 
 PEERS: dict[str, Peer] = {
-    OURS: Peer(sgc(), 5e-2, 5e-2),
+    OURS: Peer(sgc(), 5e-3, 5e-3),
     "AdamW": Peer(adamw, 2e-3, 1e-3),
     "SGD": Peer(sgd(0.0), 0.5, 0.5),
     "SGD momentum": Peer(sgd(0.9), 0.1, 0.1),
@@ -186,9 +186,9 @@ PEERS: dict[str, Peer] = {
     "block scalar": Peer(sgc(mode="block", chunk_size=1024), 2e-3, 1e-3),
     # A frozen model with random weights is no language model.
     "LoRA r8": Peer(lora, 2e-3, 2e-3, needs=("peft",), regimes=("finetune",)),
-    "sgc, budget 0.5%": Peer(sgc(0.005), 5e-2, 5e-2),
-    "sgc, budget 2%": Peer(sgc(0.02), 5e-2, 5e-2),
-    "sgc, budget 7.5%": Peer(sgc(0.075), 5e-2, 5e-2),
+    "sgc, budget 0.5%": Peer(sgc(0.005), 5e-3, 5e-3),
+    "sgc, budget 2%": Peer(sgc(0.02), 5e-3, 5e-3),
+    "sgc, budget 7.5%": Peer(sgc(0.075), 5e-3, 5e-3),
     "sgc, hybrid": Peer(sgc(mode="hybrid", k=128, s=48), 2e-3, 1e-3),
     "sgc, paper known": Peer(sgc(mode="paper", k=128, s=48), 1e-2, 2e-3),
     "sgc, paper omp": Peer(sgc(mode="paper", k=128, s=16, recover="omp"), 1e-2, 2e-3, slow=True),

@@ -38,9 +38,9 @@ LENGTH, BATCH, SEQUENCES = 32, 4, 256
 LOW_RANK = {"optim_target_modules": "all-linear", "optim_args": "rank=4,update_proj_gap=5"}
 # Arguments of the trainer; with "mode" they are those of `SGCConfig`. Chunks and projections small enough for the model.
 METHODS: dict[str, dict[str, Any]] = {
-    "sgc": {"mode": "factored"},
-    "sgc, bfloat16 state": {"mode": "factored", "state_dtype": "bfloat16"},
-    "sgc, budget 1%": {"mode": "factored", "state_budget": 0.01},
+    "sgc": {"mode": "factored", "learning_rate": 1e-3},
+    "sgc, bfloat16 state": {"mode": "factored", "learning_rate": 1e-3, "state_dtype": "bfloat16"},
+    "sgc, budget 1%": {"mode": "factored", "learning_rate": 1e-3, "state_budget": 0.01},
     "sgc, hybrid": {"mode": "hybrid", "learning_rate": 1e-3, "chunk_size": 256, "k": 32, "s": 12},
     "sgc, paper known": {"mode": "paper", "learning_rate": 1e-3, "chunk_size": 256, "k": 32, "s": 12},
     "sgc, paper omp": {

@@ -41,7 +41,7 @@ from optimizer_quality import RESULTS, Run  # noqa: E402
 
 
 BATCH, TEXTS = 4, 100
-RATES = {"sgc": (3e-4, 1e-3, 3e-3), "AdamW": (1e-5, 3e-5, 1e-4), "Adafactor": (1e-5, 3e-5, 1e-4)}
+RATES = {"sgc": (1e-5, 3e-5, 1e-4), "AdamW": (1e-5, 3e-5, 1e-4), "Adafactor": (1e-5, 3e-5, 1e-4)}
 
 
 def judge(model, tokenizer, held_out: list[finetunes.Example]) -> tuple[float, float]:

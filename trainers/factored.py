@@ -7,8 +7,8 @@ Not in the SGC paper; what it keeps is smaller still than what the paper measure
 2. A few directions hold most of `U` and hide what the others say. A random sketch `Omega U` of `R` rows finds them, and
    their singular values are cut to a multiple of the mean of the rest. Nothing is kept for it: `Omega` is drawn anew at
    every step. Muon (momentum and all singular values made equal) does this in full.
-3. A step moves a tensor by a share of its own root mean square, so that gains around 1 and weights around 0.02 learn with
-   one rate.
+3. A step is relative to the root mean square of its tensor, so that gains around 1 and weights around 0.02 learn with one
+   rate: a tensor moves by `lr` times its root mean square over `USUAL_SCALE`.
 
 There is no momentum for matrices: it costs a number a weight. What sketched momentum would bring is not measured here.
 """
@@ -19,6 +19,9 @@ import torch
 from torch import Tensor
 
 
+# Makes AdamW's rates carry over: its steps have a root mean square of 0.2 to 0.4 of the rate (arXiv 2502.16982), weights, as
+# most models draw them, one of 0.02.
+USUAL_SCALE = 0.1
 # A weight's root mean square counts as no less: the scale most models are drawn with. A tensor that starts at zero (a
 # bias, LoRA's B) would not move otherwise.
 SMALLEST_SCALE = 0.02

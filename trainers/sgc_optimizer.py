@@ -25,6 +25,7 @@ from hf_ext.log import get_logger, warn_once
 from hf_ext.trainers.factored import (
     LARGEST_VECTOR_SCALE,
     SMALLEST_SCALE,
+    USUAL_SCALE,
     cut_directions_,
     normalize_factored,
     sketch_matrix,
@@ -62,8 +63,8 @@ class SGCAdamW(Optimizer):
     Args:
         params (iterable): Parameters or groups, as for any optimizer. A group may override every setting.
         lr (`float`, defaults to 0.001):
-            With `relative_step` a share: how far a tensor moves at a step, in units of its own root mean square. Otherwise
-            as AdamW's, up to three times as high with `mode="paper"`, where `s` entries of a chunk move.
+            As AdamW's; up to three times as high with `mode="paper"`, where `s` entries of a chunk move. With `relative_step` a
+            tensor moves by `lr` times its root mean square over 0.1, which for weights of 0.02 is about AdamW's step.
         betas (`tuple[float, float]`, defaults to `(0.9, 0.999)`): Of both moving averages.
         eps (`float`, defaults to 1e-8): Added to the root of the second moment.
         weight_decay (`float`, defaults to 0.0): Decoupled; times `lr`.
@@ -81,8 +82,8 @@ class SGCAdamW(Optimizer):
         refresh (`int`, defaults to 200): Steps between two projections of CESGC.
         directions (`int`, defaults to 8): Leading directions that `"factored"` cuts, at most a quarter of a matrix's; 0 cuts none.
         relative_step (`bool`, *optional*):
-            Whether `lr` is a share of each tensor's root mean square (at least 0.02, for vectors at most 1); `None` means with
-            `mode="factored"` alone.
+            Whether steps are proportional to each tensor's root mean square (at least 0.02, for vectors at most 1); `None`
+            means with `mode="factored"` alone.
         min_numel (`int`, defaults to 4096):
             In modes with chunks, smaller tensors get AdamW's update, with its state. `"factored"` does so for all that are
             no matrices.
@@ -103,7 +104,7 @@ class SGCAdamW(Optimizer):
         from hf_ext import SGCAdamW
 
         model = torch.nn.Linear(256, 256)
-        optimizer = SGCAdamW(model.parameters(), lr=0.05, weight_decay=0.01)
+        optimizer = SGCAdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
         ```
     """
 
@@ -518,7 +519,7 @@ def _scale(group: dict[str, Any], parameter: Tensor) -> Tensor | None:
     if not group["relative_step"]:
         return None
     scale = torch.linalg.vector_norm(parameter, dtype=torch.float32) / parameter.numel() ** 0.5
-    return scale.clamp(SMALLEST_SCALE, None if parameter.ndim > 1 else LARGEST_VECTOR_SCALE)
+    return scale.clamp(SMALLEST_SCALE, None if parameter.ndim > 1 else LARGEST_VECTOR_SCALE) / USUAL_SCALE
 
 
 def _move(group: dict[str, Any], parameter: Tensor, direction: Tensor, factor: Tensor | None) -> None:

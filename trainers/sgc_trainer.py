@@ -17,17 +17,13 @@ from transformers.training_args import OptimizerNames
 
 from hf_ext.config import MethodConfig
 from hf_ext.errors import ConfigError
-from hf_ext.log import get_logger, warn_once
 from hf_ext.trainers.sgc_budget import budget_settings
 from hf_ext.trainers.sgc_optimizer import SGCAdamW
 
 
 OPTIM = "sgc_adamw"
-# Under this, a rate was likely meant for AdamW: relative to the weights it moves next to nothing.
-SMALL_RELATIVE_RATE = 1e-4
 
 ConfigT = TypeVar("ConfigT", bound="SGCConfig")
-_logger = get_logger(__name__)
 
 
 @dataclass
@@ -39,7 +35,6 @@ class SGCConfig(TrainingArguments, MethodConfig):
 
     Args:
         optim (`str`, defaults to `"sgc_adamw"`): Any other value trains with the optimizer of that name.
-        learning_rate (`float`, defaults to 0.001): With `mode="factored"` in units of each tensor's root mean square.
         mode (`str`, defaults to `"factored"`): `"factored"`, `"paper"`, `"hybrid"` or `"block"`.
         state_budget (`float`, *optional*):
             The dial: up to 1 a share of AdamW's state in float32, above it bytes. Chooses `k`, `s`, `chunk_size` and
@@ -55,7 +50,7 @@ class SGCConfig(TrainingArguments, MethodConfig):
         rank (`int`, *optional*): Of CESGC's projection, with `mode="paper"`.
         refresh (`int`, defaults to 200): Steps between two projections.
         directions (`int`, defaults to 8): Leading directions that `"factored"` cuts, at most a quarter of a matrix's.
-        relative_step (`bool`, *optional*): Whether the rate is relative; `None` means with `"factored"` alone.
+        relative_step (`bool`, *optional*): Whether steps follow the weights' scale; `None` means with `"factored"` alone.
         min_numel (`int`, defaults to 4096): With chunks, smaller tensors keep AdamW's state.
         sketch_seed (`int`, defaults to 0): Of the measurements; independent of `seed`.
         on_nonfinite (`str`, defaults to `"raise"`): `"raise"` or `"skip"`, at NaN or infinity in a gradient.
@@ -65,7 +60,6 @@ class SGCConfig(TrainingArguments, MethodConfig):
     """
 
     optim: str = field(default=OPTIM, metadata={"help": "The optimizer."})
-    learning_rate: float = field(default=0.001, metadata={"help": "A share of each tensor's root mean square a step."})
     mode: Literal["factored", "paper", "hybrid", "block"] = field(
         default="factored", metadata={"help": "Which method."}
     )
@@ -80,7 +74,7 @@ class SGCConfig(TrainingArguments, MethodConfig):
     residual: Literal["none", "chunk"] = field(default="none", metadata={"help": "What moves the other entries."})
     rank: int | None = field(default=None, metadata={"help": "Of CESGC's projection."})
     refresh: int = field(default=200, metadata={"help": "Steps between two projections."})
-    relative_step: bool | None = field(default=None, metadata={"help": "Rate as a share of the weights' scale."})
+    relative_step: bool | None = field(default=None, metadata={"help": "Steps in proportion to the weights' scale."})
     directions: int = field(default=8, metadata={"help": "Leading directions that are cut."})
     min_numel: int = field(default=4096, metadata={"help": "Smaller tensors keep AdamW's state."})
     sketch_seed: int = field(default=0, metadata={"help": "Of the measurements."})
@@ -211,7 +205,7 @@ class SGCTrainer(SGCMixin, Trainer):
         ```python
         from hf_ext import SGCConfig, SGCTrainer
 
-        args = SGCConfig(output_dir="out", learning_rate=0.001, max_steps=100)
+        args = SGCConfig(output_dir="out", learning_rate=5e-5, max_steps=100)
         trainer = SGCTrainer(model=model, args=args, train_dataset=dataset)
         trainer.train()
         ```
@@ -252,15 +246,6 @@ def _keywords(args: TrainingArguments, model: torch.nn.Module) -> dict[str, Any]
                 )
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         settings = budget_settings(parameters, budget, settings)
-    relative = settings.get("relative_step")
-    if relative is None:
-        relative = settings.get("mode", "factored") == "factored"
-    if relative and args.learning_rate < SMALL_RELATIVE_RATE:
-        warn_once(
-            _logger,
-            f"learning_rate={args.learning_rate} is a share of each tensor's root mean square here; 0.0003 to 0.1 is usual, "
-            "AdamW's rates are far too small.",
-        )
     return settings
 
 

@@ -45,7 +45,7 @@ def _ours(**settings: Any) -> Callable[[list[Tensor], float], Optimizer]:
 
 # How an optimizer is made, and its rate.
 SYSTEMS: dict[str, tuple[Callable[[list[Tensor], float], Optimizer], float]] = {
-    "sgc": (_ours(), 0.1),
+    "sgc": (_ours(), 0.01),
     "AdamW": (lambda weights, rate: torch.optim.AdamW(weights, lr=rate, weight_decay=DECAY), 0.03),
     "Adafactor": (_adafactor, 0.02),
     "block scalar": (_ours(mode="block", chunk_size=512, min_numel=2048), 0.02),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_ext.trainers.factored import LIMIT, cut_directions_, normalize_factored, sketch_matrix
+from hf_ext.trainers.factored import LIMIT, USUAL_SCALE, cut_directions_, normalize_factored, sketch_matrix
 from hf_ext.trainers.sgc_optimizer import SGCAdamW
 from tests.reference import sgc as reference
 
@@ -221,7 +221,7 @@ def test_a_sketch_is_drawn_from_its_seed_alone():
 def test_steps_along_gradients_of_few_tokens_have_the_size_of_all_others(rank, shape):
     for scale in (1e-3, 1e-8, 1e-20, 1e-25):
         parameter = torch.nn.Parameter(torch.randn(shape) * 0.05)
-        optimizer = SGCAdamW([parameter], lr=1e-3)
+        optimizer = SGCAdamW([parameter], lr=1e-3 * USUAL_SCALE)
         for _ in range(4):
             before = parameter.detach().clone()
             parameter.grad = torch.randn(shape[0], rank) @ torch.randn(rank, shape[1]) * scale

@@ -9,7 +9,7 @@ import torch
 import hf_ext
 from hf_ext.errors import NonFiniteGradientError
 from hf_ext.trainers import sgc_optimizer
-from hf_ext.trainers.factored import SMALLEST_SCALE, sketch_matrix
+from hf_ext.trainers.factored import SMALLEST_SCALE, USUAL_SCALE, sketch_matrix
 from hf_ext.trainers.sgc_checks import MODES
 from hf_ext.trainers.sgc_optimizer import SGCAdamW
 from tests.trainers.helpers import (
@@ -429,7 +429,7 @@ def test_a_relative_step_grows_with_the_tensor(case):
 
 
 def test_a_relative_step_is_a_share_of_the_root_mean_square():
-    (parameter,), optimizer = build("factored", shapes=[(24, 40)], lr=0.05, directions=0)
+    (parameter,), optimizer = build("factored", shapes=[(24, 40)], lr=0.05 * USUAL_SCALE, directions=0)
     start = parameter.detach().clone()
     feed(optimizer, [parameter], [0])
     moved = (parameter.detach() - start).square().mean().sqrt()
@@ -438,14 +438,14 @@ def test_a_relative_step_is_a_share_of_the_root_mean_square():
 
 def test_a_tensor_of_zeros_moves_as_one_of_the_smallest_scale():
     parameter = torch.nn.Parameter(torch.zeros(24, 40))
-    optimizer = SGCAdamW([parameter], lr=0.05, directions=0)
+    optimizer = SGCAdamW([parameter], lr=0.05 * USUAL_SCALE, directions=0)
     feed(optimizer, [parameter], [0])
     assert float(parameter.detach().square().mean().sqrt()) == pytest.approx(0.05 * SMALLEST_SCALE, rel=0.02)
 
 
 def test_a_vector_of_large_entries_moves_as_one_of_ones():
     parameter = torch.nn.Parameter(torch.full((40,), 30.0))
-    optimizer = SGCAdamW([parameter], lr=0.05)
+    optimizer = SGCAdamW([parameter], lr=0.05 * USUAL_SCALE)
     feed(optimizer, [parameter], [0])
     assert float((parameter.detach() - 30.0).square().mean().sqrt()) == pytest.approx(0.05, rel=0.02)
 

@@ -400,19 +400,9 @@ def test_a_loss_of_nan_stops_training_or_costs_one_step(trainer, mode):
     assert not torch.equal(final["lm_head.weight"], one.after["lm_head.weight"])
 
 
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        ({"learning_rate": 5e-5}, True),
-        ({"learning_rate": 0.02}, False),
-        ({"learning_rate": 5e-5, "mode": "paper"}, False),
-        ({"learning_rate": 5e-5, "mode": "factored", "relative_step": False}, False),
-    ],
-)
-def test_a_rate_meant_for_adamw_is_warned_of(trainer, monkeypatch, caplog, settings, expected):
-    monkeypatch.setattr("hf_ext.log._seen", set())
-    trainer(**settings).create_optimizer()
-    assert any("AdamW's rates are far too small" in message for message in caplog.messages) is expected
+def test_the_rate_is_transformers_own_unless_it_is_given(trainer):
+    assert trainer().create_optimizer().param_groups[0]["lr"] == TrainingArguments(output_dir="out").learning_rate
+    assert trainer(learning_rate=0.25).create_optimizer().param_groups[0]["lr"] == 0.25
 
 
 def test_create_optimizer_takes_a_model_and_does_its_work_once(trainer):

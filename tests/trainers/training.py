@@ -12,7 +12,7 @@ QUIET = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strat
 # Small enough that tiny tensors have many chunks.
 SMALL = {"k": 16, "s": 6, "chunk_size": 128, "min_numel": 256, "directions": 2}
 MODES = ("factored", "paper", "hybrid", "block")
-RATES = {"factored": 0.02, "paper": 0.01, "hybrid": 3e-3, "block": 3e-3}
+RATES = {"factored": 2e-3, "paper": 0.01, "hybrid": 3e-3, "block": 3e-3}
 
 
 def rows(count: int = 32) -> list[dict]:

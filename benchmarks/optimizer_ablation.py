@@ -21,7 +21,6 @@ Averaged after a cut the leading directions of one batch cannot fill it. Variant
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Callable
 from pathlib import Path

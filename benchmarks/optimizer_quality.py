@@ -192,9 +192,7 @@ class Lab:
         study: in their files' names.
     """
 
-    def __init__(
-        self, regime: str, size: str, steps: int, batch: int, folder: Path, study: str = "quality"
-    ) -> None:
+    def __init__(self, regime: str, size: str, steps: int, batch: int, folder: Path, study: str = "quality") -> None:
         self.regime, self.size, self.steps, self.batch = regime, size, steps, batch
         grid = "grid" if study == "quality" else f"{study}_grid"
         self.runs_path = folder / "runs" / f"optimizer_{study}_{regime}_{size}.json"

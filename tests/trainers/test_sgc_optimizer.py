@@ -456,7 +456,13 @@ def test_relative_is_the_default_of_the_factored_mode_alone():
 
 
 def test_cutting_directions_changes_matrices_that_are_not_narrow_alone():
-    for shapes, same in (([(24, 40)], False), ([(7, 9)], False), ([(3, 9)], True), ([(8, 400)], True), ([(40,)], True)):
+    for shapes, same in (
+        ([(24, 40)], False),
+        ([(7, 9)], False),
+        ([(3, 9)], True),
+        ([(8, 400)], True),
+        ([(40,)], True),
+    ):
         parameters, optimizer = build("factored", shapes=shapes)
         others, plain = build("factored", shapes=shapes, directions=0)
         feed(optimizer, parameters, [0])

@@ -44,48 +44,49 @@ def normalize_factored(
     """Divide a gradient by the root of its factored second moment.
 
     Args:
-        gradient (`Tensor`): `(M, N)`, float32.
-        rows (`Tensor`): `(M,)`, moving average of the mean squares of rows; updated in place.
-        columns (`Tensor`): `(N,)`, the same of columns.
+        gradient (`Tensor`): `(..., M, N)`, float32: a matrix, or a stack of them.
+        rows (`Tensor`): `(..., M)`, moving average of the mean squares of rows; updated in place.
+        columns (`Tensor`): `(..., N)`, the same of columns.
         beta (`float`): Of the averages.
         correction (`float`): `1 - beta ** step`.
         eps (`float`, defaults to 1e-8): Its square is added to mean squares: smaller entries make smaller steps.
 
     Returns:
-        `Tensor`: `(M, N)`
+        `Tensor`: `(..., M, N)`
     """
     tiny = torch.finfo(torch.float32).tiny
     squares = gradient * gradient
-    rows.lerp_(squares.mean(1).add_(eps**2), 1.0 - beta)
-    columns.lerp_(squares.mean(0).add_(eps**2), 1.0 - beta)
-    mean = (rows.mean() / correction).clamp_min_(tiny)
+    rows.lerp_(squares.mean(-1).add_(eps**2), 1.0 - beta)
+    columns.lerp_(squares.mean(-2).add_(eps**2), 1.0 - beta)
+    mean = (rows.mean(-1, keepdim=True) / correction).clamp_min_(tiny)
     by_row = (rows / (correction * mean)).clamp_min_(tiny).rsqrt_()
     by_column = (columns / correction).clamp_min_(tiny).rsqrt_()
-    return torch.mul(gradient, by_row[:, None], out=squares).mul_(by_column)
+    return torch.mul(gradient, by_row[..., None], out=squares).mul_(by_column[..., None, :])
 
 
 def cut_directions_(update: Tensor, norm: Tensor, sketch: Tensor, limit: float = LIMIT) -> Tensor:
     """Cut the singular values of the leading directions of a matrix, in place.
 
     Args:
-        update (`Tensor`): `(M, N)`.
-        norm (`Tensor`): A number, the Frobenius norm of `update`.
+        update (`Tensor`): `(..., M, N)`: a matrix, or a stack of them.
+        norm (`Tensor`): `(...)`, the Frobenius norm of each.
         sketch (`Tensor`): `(R, M)`, with `R` below `M` and `N`.
         limit (`float`, defaults to 1.0): Singular values end at this multiple of the root mean square of those outside the
             sketch.
 
     Returns:
-        `Tensor`: A number, the norm that is left.
+        `Tensor`: `(...)`, the norm that is left of each.
     """
     rank = len(sketch)
     # One product with the matrix and one with its transpose: the second tells the leading directions from the crowd.
-    basis = torch.linalg.qr(update @ (sketch @ update).T).Q
-    seen = basis.T @ update
-    values, vectors = torch.linalg.eigh(seen @ seen.T)
-    short, energy = min(update.shape), norm.square()
-    outside = (energy - values.sum()).clamp_min_(0.0)
+    basis = torch.linalg.qr(update @ (sketch @ update).mT).Q
+    seen = basis.mT @ update
+    values, vectors = torch.linalg.eigh(seen @ seen.mT)
+    short, energy = min(update.shape[-2:]), norm.square()
+    outside = (energy - values.sum(-1)).clamp_min_(0.0)
     rest = torch.maximum(outside / (short - rank), LEAST_CROWD * energy / short)
-    keep = (limit**2 * rest / values.clamp_min(torch.finfo(update.dtype).tiny)).sqrt_().clamp_max_(1.0)
-    update.addmm_(basis @ (vectors * (keep - 1.0)) @ vectors.T, seen)
+    keep = (limit**2 * rest[..., None] / values.clamp_min(torch.finfo(update.dtype).tiny)).sqrt_().clamp_max_(1.0)
+    add_product = update.addmm_ if update.ndim == 2 else update.baddbmm_
+    add_product(basis @ (vectors * (keep - 1.0)[..., None, :]) @ vectors.mT, seen)
     # A sum of what is left, never a difference: of a matrix of low rank rounding would leave nothing to divide by.
-    return (outside + (values.clamp_min(0.0) * keep.square()).sum()).sqrt_()
+    return (outside + (values.clamp_min(0.0) * keep.square()).sum(-1)).sqrt_()

@@ -345,16 +345,18 @@ class SGCAdamW(Optimizer):
 
     def _update_factored(self, group: dict[str, Any], parameter: Tensor) -> None:
         state = self._advance(group, parameter)
-        at, gradient = _moments(group, state), self._gradient(parameter).flatten(1)
+        shape = matrix_shape(parameter)
+        at, gradient = _moments(group, state), self._gradient(parameter).reshape(shape)
         rows, columns = state["rows"].float(), state["columns"].float()
         update = normalize_factored(gradient, rows, columns, at.beta2, at.correction2, at.eps)
-        norm = after = torch.linalg.vector_norm(update)
+        norm = after = torch.linalg.vector_norm(update.flatten(-2), dim=-1)
         if cut := cut_shape(group, parameter):
             after = cut_directions_(update, norm, self._sketch(group, at.step, *cut, update.device))
         # What was cut off is given to the other directions. As in Adafactor, more than one unit is brought back to one.
-        factor = norm.clamp_max(update.numel() ** 0.5) / after.clamp_min(torch.finfo(torch.float32).tiny)
-        scale = _scale(group, parameter)
-        _move(group, parameter, update.view(parameter.shape), factor if scale is None else factor * scale)
+        factor = norm.clamp_max((shape[-2] * shape[-1]) ** 0.5) / after.clamp_min(torch.finfo(torch.float32).tiny)
+        scale = _scale(group, parameter, shape)
+        factor = factor if scale is None else factor * scale
+        _move(group, parameter, update.view(parameter.shape), factor if len(shape) == 2 else factor[:, None, None])
         self._store(state, rows=rows, columns=columns)
 
     def _update_projected(self, group: dict[str, Any], parameter: Tensor) -> None:
@@ -478,7 +480,8 @@ def state_shapes(group: dict[str, Any], parameter: Tensor) -> dict[str, tuple[in
     if keeps_adamw(group, parameter):
         return {"first": tuple(parameter.shape), "second": tuple(parameter.shape)}
     if mode == "factored":
-        return {"rows": (parameter.shape[0],), "columns": (entries // parameter.shape[0],)}
+        *stack, rows, columns = matrix_shape(parameter)
+        return {"rows": (*stack, rows), "columns": (*stack, columns)}
     shapes: dict[str, tuple[int, ...]] = {}
     if mode == "paper" and group["rank"] is not None and parameter.ndim > 1:
         short, long = sorted((parameter.shape[0], entries // parameter.shape[0]))
@@ -490,6 +493,17 @@ def state_shapes(group: dict[str, Any], parameter: Tensor) -> dict[str, tuple[in
         shapes["first"] = (chunks, k)
     shapes["second"] = (chunks, k if mode == "paper" else 1)
     return shapes
+
+
+def matrix_shape(parameter: Tensor) -> tuple[int, ...]:
+    """`(M, N)` of a tensor as one matrix, or `(B, M, N)` as a stack of them, whichever has less state.
+
+    Experts of a layer in one tensor are a stack; the kernel of a convolution is a matrix with a row an output.
+    """
+    flat = (parameter.shape[0], parameter.numel() // parameter.shape[0])
+    if parameter.ndim == 3 and parameter.shape[0] * (parameter.shape[1] + parameter.shape[2]) < sum(flat):
+        return tuple(parameter.shape)
+    return flat
 
 
 def keeps_adamw(group: dict[str, Any], parameter: Tensor) -> bool:
@@ -504,7 +518,7 @@ def cut_shape(group: dict[str, Any], parameter: Tensor) -> tuple[int, int] | Non
 
     Rows of an embedding are words, most of them absent from a batch: its directions are the words that were there.
     """
-    sides = (parameter.shape[0], parameter.numel() // parameter.shape[0])
+    sides = matrix_shape(parameter)[-2:]
     rank = min(group["directions"], min(sides) // 4)
     return (rank, sides[0]) if rank and max(sides) < 16 * min(sides) else None
 
@@ -514,11 +528,16 @@ def _moments(group: dict[str, Any], state: dict[str, Tensor]) -> Moments:
     return Moments(beta1, beta2, group["eps"], int(state["step"]))
 
 
-def _scale(group: dict[str, Any], parameter: Tensor) -> Tensor | None:
-    """The unit of a relative step, a number on the parameter's device; `None` where steps are not relative."""
+def _scale(group: dict[str, Any], parameter: Tensor, shape: tuple[int, ...] = ()) -> Tensor | None:
+    """The unit of a relative step, a number on the parameter's device, of a stack `(B, M, N)` one a matrix.
+
+    `None` where steps are not relative.
+    """
     if not group["relative_step"]:
         return None
-    scale = torch.linalg.vector_norm(parameter, dtype=torch.float32) / parameter.numel() ** 0.5
+    weights = parameter.detach().reshape(shape[0] if len(shape) == 3 else 1, -1)
+    scale = torch.linalg.vector_norm(weights, dim=-1, dtype=torch.float32) / weights.shape[1] ** 0.5
+    scale = scale if len(shape) == 3 else scale[0]
     return scale.clamp(SMALLEST_SCALE, None if parameter.ndim > 1 else LARGEST_VECTOR_SCALE) / USUAL_SCALE
 
 

@@ -17,6 +17,7 @@ from transformers.training_args import OptimizerNames
 
 from hf_ext.config import MethodConfig
 from hf_ext.errors import ConfigError
+from hf_ext.log import get_logger, warn_once
 from hf_ext.trainers.sgc_budget import budget_settings
 from hf_ext.trainers.sgc_optimizer import SGCAdamW
 
@@ -24,6 +25,7 @@ from hf_ext.trainers.sgc_optimizer import SGCAdamW
 OPTIM = "sgc_adamw"
 
 ConfigT = TypeVar("ConfigT", bound="SGCConfig")
+_logger = get_logger(__name__)
 
 
 @dataclass
@@ -186,6 +188,8 @@ class SGCMixin:
         trainer: Any = self
         if trainer.optimizer is None and trainer.optimizer_cls_and_kwargs is None and _chosen(trainer.args):
             _refuse_sharding(trainer)
+            if trainer.args.optim_target_modules:
+                warn_once(_logger, "optim_target_modules is not used: SGCAdamW covers every tensor that is trained.")
             target = trainer.model if model is None else model
             trainer.optimizer_cls_and_kwargs = (SGCAdamW, _keywords(trainer.args, target))
             try:

@@ -19,8 +19,9 @@ CASES = {
     "block": {"mode": "block"},
 }
 CHUNKED = tuple(name for name in CASES if name != "factored")
-# A matrix whose directions are cut, one that is no multiple of a chunk, a convolution, vectors, one entry, no dimension.
-SHAPES = ((24, 40), (7, 9), (6, 3, 2, 2), (70,), (5,), (1,), ())
+# A matrix whose directions are cut, one that is no multiple of a chunk, a convolution, a stack of matrices, vectors, one
+# entry, no dimension.
+SHAPES = ((24, 40), (7, 9), (6, 3, 2, 2), (3, 12, 20), (70,), (5,), (1,), ())
 
 
 def settings(case: str, **overrides) -> dict:

@@ -487,6 +487,54 @@ def test_every_step_has_a_sketch_of_its_own_and_none_is_kept(monkeypatch):
     assert not optimizer._sketches
 
 
+@pytest.mark.parametrize("shape", [(3, 12, 20), (2, 20, 12), (4, 16, 16)])
+def test_a_stack_moves_as_its_matrices_would_alone(shape):
+    (stack,), together = build("factored", shapes=[shape], weight_decay=0.1)
+    with torch.no_grad():
+        stack[0] *= 5.0
+    alone = [torch.nn.Parameter(matrix.clone()) for matrix in stack.detach()]
+    apart = SGCAdamW(alone, **settings("factored", weight_decay=0.1))
+    for step in range(4):
+        stack.grad = gradient(stack, 0, step)
+        stack.grad[1] *= 1e3 if step else 0.0  # an expert that no token chose has no gradient
+        for matrix, part in zip(alone, stack.grad):
+            matrix.grad = part.clone()
+        together.step()
+        apart.step()
+    torch.testing.assert_close(stack.detach(), torch.stack([m.detach() for m in alone]), rtol=1e-5, atol=1e-7)
+    kept = {name: tuple(value.shape) for name, value in together.state[stack].items()}
+    assert kept == {"step": (), "rows": shape[:2], "columns": (shape[0], shape[2])}
+
+
+@pytest.mark.parametrize(("shape", "flat"), [((40, 30, 3), (40, 90)), ((64, 1, 4), (64, 4)), ((2, 3, 4, 5), (2, 60))])
+def test_the_kernel_of_a_convolution_is_one_matrix(shape, flat):
+    (kernel,), optimizer = build("factored", shapes=[shape])
+    feed(optimizer, [kernel], [0])
+    kept = optimizer.state[kernel]
+    assert (len(kept["rows"]), len(kept["columns"])) == flat
+
+
+def test_experts_of_a_mixture_keep_a_share_like_that_of_other_matrices():
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config)
+    experts = [p for p in model.parameters() if p.ndim == 3]
+    assert experts
+    optimizer = SGCAdamW(model.parameters(), lr=1e-3)
+    ids = torch.arange(32).view(2, 16)
+    before = [p.detach().clone() for p in experts]
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    for old, stack in zip(before, experts):
+        kept = sum(t.numel() for name, t in optimizer.state[stack].items() if name != "step")
+        assert kept == len(stack) * sum(stack.shape[1:])
+        assert all(not torch.equal(o, new) for o, new, g in zip(old, stack, stack.grad) if g.any())
+
+
 def test_a_projection_is_refreshed_on_schedule_and_steps_stay_in_its_span():
     (parameter,), optimizer = build("projected", shapes=[(24, 40)])
     bases = []

@@ -405,6 +405,14 @@ def test_the_rate_is_transformers_own_unless_it_is_given(trainer):
     assert trainer(learning_rate=0.25).create_optimizer().param_groups[0]["lr"] == 0.25
 
 
+@pytest.mark.parametrize("targets", [None, "all-linear"])
+def test_target_modules_change_nothing_and_are_warned_of(trainer, monkeypatch, caplog, targets):
+    monkeypatch.setattr("hf_ext.log._seen", set())
+    optimizer = trainer(optim_target_modules=targets).create_optimizer()
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(tiny_model("llama").parameters()))
+    assert any("covers every tensor" in message for message in caplog.messages) is (targets is not None)
+
+
 def test_create_optimizer_takes_a_model_and_does_its_work_once(trainer):
     one = trainer()
     made = one.create_optimizer(one.model)

@@ -33,10 +33,13 @@ DECAY = 0.01
 CHUNKS = {"chunk_size": 512, "k": 64, "min_numel": 2048}
 
 
-def _adafactor(weights: list[Tensor], rate: float) -> Optimizer:
-    from transformers import Adafactor
+def _adafactor(relative: bool) -> Callable[[list[Tensor], float], Optimizer]:
+    def make(weights: list[Tensor], rate: float) -> Optimizer:
+        from transformers import Adafactor
 
-    return Adafactor(weights, lr=rate, scale_parameter=False, relative_step=False, weight_decay=DECAY)
+        return Adafactor(weights, lr=rate, scale_parameter=relative, relative_step=False, weight_decay=DECAY)
+
+    return make
 
 
 def _ours(**settings: Any) -> Callable[[list[Tensor], float], Optimizer]:
@@ -47,7 +50,8 @@ def _ours(**settings: Any) -> Callable[[list[Tensor], float], Optimizer]:
 SYSTEMS: dict[str, tuple[Callable[[list[Tensor], float], Optimizer], float]] = {
     "sgc": (_ours(), 0.01),
     "AdamW": (lambda weights, rate: torch.optim.AdamW(weights, lr=rate, weight_decay=DECAY), 0.03),
-    "Adafactor": (_adafactor, 0.02),
+    "Adafactor": (_adafactor(False), 0.02),
+    "Adafactor relative": (_adafactor(True), 0.1),
     "block scalar": (_ours(mode="block", chunk_size=512, min_numel=2048), 0.02),
     "sgc, paper known": (_ours(mode="paper", s=24, **CHUNKS), 0.1),
     "sgc, paper omp": (_ours(mode="paper", s=7, recover="omp", **CHUNKS), 0.1),

@@ -128,7 +128,7 @@ def frontier_of(folder: Path) -> dict[str, dict[str, tuple[float, float, float]]
         for row in losses:
             count[row.setting] += row.n
         setting = max(count, key=lambda name: count[name])
-        shares = {r.system: r.value for r in rows if r.metric.startswith("state") and r.setting == setting}
+        shares = {r.system: r.value / 100 for r in rows if r.metric.startswith("state") and r.setting == setting}
         found = {r.system: (shares[r.system], r.value, r.spread) for r in losses if r.setting == setting}
         panels[setting] = {name: found[name] for name in OPTIMIZERS if name in found}
     return panels

@@ -4,7 +4,7 @@
 
 Only the text between the two markers of a page is replaced. With `--check` nothing is written and the exit code is 1 when
 a page differs from the results. A method page gets every row of its files: one table per metric, a line per system, a
-column per setting. README.md gets one line per headline: our default, the best peer that needs no more bytes, the command.
+column per setting; of a file that has one setting one table, a column per metric. README.md gets one line per headline: our default, the best peer that needs no more bytes, the command.
 """
 
 from __future__ import annotations
@@ -230,14 +230,30 @@ def metric_table(rows: list[Row]) -> str:
     )
     heads = {base: ", ".join(p for p in parts if p not in common) or "value" for base, parts in settings.items()}
     unit = f" ({rows[0].unit})" if rows[0].unit else ""
-    counts = sorted({row.n for row in rows})
-    number = f"n = {counts[0]}" if len(counts) == 1 else f"n = {counts[0]} to {counts[-1]}"
     where = f", {', '.join(common)}" if common else ""
-    spread = ", ± standard deviation" if any(row.spread for row in rows) else ""
     lines = [["system", *heads.values()], ["---", *["---:"] * len(heads)]]
     lines += [[system, *(found.get(base, "") for base in settings)] for system, found in cells.items()]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return f"**{rows[0].metric}{unit}**{where}; {number}{spread}\n\n{table}"
+    return f"**{rows[0].metric}{unit}**{where}{repeats(rows)}\n\n{table}"
+
+
+def setting_table(rows: list[Row]) -> str:
+    """All metrics of one setting: a line per system, a column per metric."""
+    metrics = {row.metric: f"{row.metric} ({row.unit})" if row.unit else row.metric for row in rows}
+    cells: dict[str, dict[str, str]] = {}
+    for row in rows:
+        cells.setdefault(row.system, {})[row.metric] = format_value(row)
+    lines = [["system", *metrics.values()], ["---", *["---:"] * len(metrics)]]
+    lines += [[system, *(found.get(metric, "") for metric in metrics)] for system, found in cells.items()]
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"**{rows[0].setting}**{repeats(rows)}\n\n{table}"
+
+
+def repeats(rows: list[Row]) -> str:
+    """How often values were measured, the end of a caption."""
+    counts = sorted({row.n for row in rows})
+    number = f"n = {counts[0]}" if len(counts) == 1 else f"n = {counts[0]} to {counts[-1]}"
+    return f"; {number}" + (", ± standard deviation" if any(row.spread for row in rows) else "")
 
 
 def page_tables(method: str, files: tuple[str, ...], results: dict[str, list[Row]]) -> str:
@@ -248,7 +264,11 @@ def page_tables(method: str, files: tuple[str, ...], results: dict[str, list[Row
             continue
         rows = results[file]
         parts.append(f"Measured by {command(file)}:")
-        parts += [metric_table([r for r in rows if r.metric == m]) for m in dict.fromkeys(row.metric for row in rows)]
+        metrics = dict.fromkeys(row.metric for row in rows)
+        if len({row.setting for row in rows}) == 1 and len(metrics) > 1:
+            parts.append(setting_table(rows))
+        else:
+            parts += [metric_table([row for row in rows if row.metric == metric]) for metric in metrics]
     missing = [command(file) for file in files if not is_measured(method, file, results)]
     if missing:
         parts.append(not_measured(missing))

@@ -9,7 +9,7 @@ sports, 48 articles held out. Sequences of 128 tokens; warm-up over 5% of the st
 0.01, gradients clipped to norm 1. A seed chooses initial weights and order; held-out articles are the same for all. The
 size 10m is trained with bfloat16 autocast, float32 weights, and judged in float32.
 
-`--grid` tries three rates of each optimizer on seed 0, and more in the direction of the best while it is at an edge, two
+`--grid` tries three rates of each optimizer on seed 0, and more in the direction of the best while it is at an edge, four
 at most; the best is kept in `optimizer_grid_<regime>_<size>.json`. Without it all seeds run at that rate. Rates are chosen by
 the held-out loss of seed 0 that is also reported, for ours and peers alike. Every run is written to `runs/` as soon as it is
 done and is never run twice: whoever is stopped goes on where it was. State is what `true_state_bytes` counts after the last
@@ -62,7 +62,7 @@ HELD_OUT = 60  # articles of the regime `scratch`
 WARM_UP, FLOOR, CLIP = 0.05, 0.05, 1.0
 STEPS = {"scratch": 250, "finetune": 200}
 BASE_STEPS, BASE_BATCH, BASE_RATE = 1000, 4, 3e-3
-EXTENSIONS = 2
+EXTENSIONS = 4
 _VERSION = "v1"  # part of the folder's name: raise it when training of the base model changes
 # Of the modes of `SGCAdamW`: raise one when it computes something else, and its runs of before count no more.
 ARITHMETIC = {"factored": 2, "paper": 1, "hybrid": 1, "block": 1}
@@ -278,10 +278,15 @@ class Lab:
         if best in (min(tried), max(tried)):
             print(f"{name}: the best rate {best:g} is still at the edge of {sorted(tried)}", flush=True)
         old = read_rows(self.grid_path) if self.grid_path.is_file() else []
-        rows = [row for row in old if (row.system, row.setting) != (name, self.setting)]
+        rows = [row for row in old if row.system != name or not row.setting.startswith(self.setting)]
         rows.append(Row("sgc", name, self.setting, "best rate", best))
-        rows.append(Row("sgc", name, self.setting, "held-out loss at it", tried[best]["loss"], "nats"))
-        rows.append(Row("sgc", name, self.setting, "rates tried", len(tried)))
+        for rate, run in tried.items():
+            if run["loss"] is not None:
+                rows.append(
+                    Row("sgc", name, f"{self.setting}, rate {rate:g}", "held-out loss, seed 0", run["loss"], "nats")
+                )
+        # A column a rate, from low to high.
+        rows.sort(key=lambda row: float(row.setting.rpartition(" rate ")[2]) if " rate " in row.setting else 0.0)
         self.grid_path.parent.mkdir(parents=True, exist_ok=True)
         write_rows(self.grid_path, rows)
 
@@ -306,9 +311,9 @@ class Lab:
             if not by_seed:
                 continue
             last = list(by_seed.values())[-1]
-            share = last["state_bytes"] / 8 / last["parameters"]
+            share = 100 * last["state_bytes"] / 8 / last["parameters"]
             rows.append(self._row(name, "held-out loss", [run["loss"] for run in by_seed.values()], "nats"))
-            rows.append(Row("sgc", name, self.setting, "state, share of AdamW's", share))
+            rows.append(Row("sgc", name, self.setting, "state, share of AdamW's", share, "%"))
             ours = found.get(OURS, {})
             both = [run["loss"] - ours[seed]["loss"] for seed, run in by_seed.items() if seed in ours]
             if name != OURS and len(both) > 1:

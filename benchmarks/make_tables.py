@@ -4,7 +4,8 @@
 
 Only the text between the two markers of a page is replaced. With `--check` nothing is written and the exit code is 1 when
 a page differs from the results. A method page gets every row of its files: one table per metric, a line per system, a
-column per setting; of a file that has one setting one table, a column per metric. README.md gets one line per headline: our default, the best peer that needs no more bytes, the command.
+column per setting; of a file that has one setting one table, a column per metric. README.md gets one line per headline: our
+default, the best peer that needs no more bytes, the command.
 """
 
 from __future__ import annotations

@@ -33,6 +33,7 @@ _EXPORTS = {
     "PackedCache": "hf_ext.cache_impls.packed",
     "SGCAdamW": "hf_ext.trainers.sgc_optimizer",
     "SGCConfig": "hf_ext.trainers.sgc_trainer",
+    "SGCConfigMixin": "hf_ext.trainers.sgc_trainer",
     "SGCMixin": "hf_ext.trainers.sgc_trainer",
     "SGCTrainer": "hf_ext.trainers.sgc_trainer",
     "SentenceKVCache": "hf_ext.cache_impls.sentencekv",
@@ -83,6 +84,7 @@ if TYPE_CHECKING:
     from hf_ext.registration import unregister as unregister
     from hf_ext.trainers.sgc_optimizer import SGCAdamW as SGCAdamW
     from hf_ext.trainers.sgc_trainer import SGCConfig as SGCConfig
+    from hf_ext.trainers.sgc_trainer import SGCConfigMixin as SGCConfigMixin
     from hf_ext.trainers.sgc_trainer import SGCMixin as SGCMixin
     from hf_ext.trainers.sgc_trainer import SGCTrainer as SGCTrainer
 

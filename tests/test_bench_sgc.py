@@ -42,7 +42,7 @@ def test_bytes_of_adamw_are_two_numbers_a_weight(short):
     assert bench.state_bytes(optimizer) == 8 * sum(weight.numel() for weight in weights) + steps
 
 
-@pytest.mark.parametrize("name", ["sgc", "AdamW", "Adafactor", "block scalar"])
+@pytest.mark.parametrize("name", ["sgc", "AdamW", "Adafactor", "Adafactor relative", "block scalar"])
 def test_training_lowers_the_loss(short, name):
     data, held_out, _ = bench.material(0)
     with torch.no_grad():

@@ -80,7 +80,8 @@ class SGCAdamW(Optimizer):
         residual (`str`, defaults to `"none"`): `"none"` or `"chunk"`, see there.
         rank (`int`, *optional*): Of CESGC's projection of matrices; `None` measures the gradient itself.
         refresh (`int`, defaults to 200): Steps between two projections of CESGC.
-        directions (`int`, defaults to 8): Leading directions that `"factored"` cuts, at most a quarter of a matrix's; 0 cuts none.
+        directions (`int`, defaults to 8):
+            Leading directions that `"factored"` cuts, at most a quarter of a matrix's; 0 cuts none.
         relative_step (`bool`, *optional*):
             Whether steps are proportional to each tensor's root mean square (at least 0.02, for vectors at most 1); `None`
             means with `mode="factored"` alone.
@@ -181,6 +182,12 @@ class SGCAdamW(Optimizer):
         ready = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
         if not self._finite(ready):
             return loss
+        # Products in half precision would not go with float32 states; whoever steps inside autocast means the model.
+        with torch.autocast(next((p.device.type for parameters in ready for p in parameters), "cpu"), enabled=False):
+            self._update(ready)
+        return loss
+
+    def _update(self, ready: list[list[Tensor]]) -> None:
         self._tally: list[Tensor] = []
         # What rounding draws depends on the step alone, so that a resumed run draws the same.
         steps = [int(self.state[p]["step"]) for parameters in ready for p in parameters if self.state[p]]
@@ -205,7 +212,6 @@ class SGCAdamW(Optimizer):
                 "sgc_energy_kept": kept / total if total else 1.0,
                 "sgc_decode_residual": (unexplained / measured) ** 0.5 if measured else 0.0,
             }
-        return loss
 
     def state_bytes(self) -> int:
         """Bytes of all that stays alive between steps: the state of all parameters, and matrices kept for reuse."""
@@ -508,9 +514,12 @@ def matrix_shape(parameter: Tensor) -> tuple[int, ...]:
 
 def keeps_adamw(group: dict[str, Any], parameter: Tensor) -> bool:
     """Whether a parameter is too small, or in the default mode no matrix, and gets AdamW's update and state."""
-    if group["mode"] == "factored":
-        return parameter.ndim < 2 or parameter.numel() == max(parameter.shape)
-    return parameter.numel() < group["min_numel"]
+    return is_vector(parameter) if group["mode"] == "factored" else parameter.numel() < group["min_numel"]
+
+
+def is_vector(parameter: Tensor) -> bool:
+    """Whether all entries lie along one dimension."""
+    return parameter.numel() == max(parameter.shape, default=1)
 
 
 def cut_shape(group: dict[str, Any], parameter: Tensor) -> tuple[int, int] | None:
@@ -538,7 +547,7 @@ def _scale(group: dict[str, Any], parameter: Tensor, shape: tuple[int, ...] = ()
     weights = parameter.detach().reshape(shape[0] if len(shape) == 3 else 1, -1)
     scale = torch.linalg.vector_norm(weights, dim=-1, dtype=torch.float32) / weights.shape[1] ** 0.5
     scale = scale if len(shape) == 3 else scale[0]
-    return scale.clamp(SMALLEST_SCALE, None if parameter.ndim > 1 else LARGEST_VECTOR_SCALE) / USUAL_SCALE
+    return scale.clamp(SMALLEST_SCALE, LARGEST_VECTOR_SCALE if is_vector(parameter) else None) / USUAL_SCALE
 
 
 def _move(group: dict[str, Any], parameter: Tensor, direction: Tensor, factor: Tensor | None) -> None:

@@ -24,12 +24,84 @@ from hf_ext.trainers.sgc_optimizer import SGCAdamW
 
 OPTIM = "sgc_adamw"
 
-ConfigT = TypeVar("ConfigT", bound="SGCConfig")
+ConfigT = TypeVar("ConfigT", bound="SGCConfigMixin")
 _logger = get_logger(__name__)
 
 
 @dataclass
-class SGCConfig(TrainingArguments, MethodConfig):
+class SGCConfigMixin(MethodConfig):
+    """Puts the settings of `SGCAdamW` into any `TrainingArguments`: write it first, as in `MyConfig(SGCConfigMixin, SFTConfig)`.
+
+    Fields are those of `SGCConfig`. No default of the other class changes but that of `optim`.
+    """
+
+    optim: str = field(default=OPTIM, metadata={"help": "The optimizer."})
+    mode: Literal["factored", "paper", "hybrid", "block"] = field(
+        default="factored", metadata={"help": "Which method."}
+    )
+    state_budget: float | None = field(default=None, metadata={"help": "Share of AdamW's state (up to 1), or bytes."})
+    k: int | None = field(default=None, metadata={"help": "Measurements a chunk."})
+    s: int | None = field(default=None, metadata={"help": "Entries kept a chunk."})
+    chunk_size: int | None = field(default=None, metadata={"help": "Entries a chunk."})
+    state_dtype: Literal["float32", "bfloat16"] | None = field(default=None, metadata={"help": "Of the state."})
+    measurement: Literal["gaussian", "srht", "countsketch"] = field(default="srht", metadata={"help": "The matrix."})
+    recover: Literal["known", "omp"] = field(default="known", metadata={"help": "How moments are decoded."})
+    moment_space: Literal["decoded", "compressed"] = field(default="decoded", metadata={"help": "Where squares are."})
+    residual: Literal["none", "chunk"] = field(default="none", metadata={"help": "What moves the other entries."})
+    rank: int | None = field(default=None, metadata={"help": "Of CESGC's projection."})
+    refresh: int = field(default=200, metadata={"help": "Steps between two projections."})
+    relative_step: bool | None = field(default=None, metadata={"help": "Steps in proportion to the weights' scale."})
+    directions: int = field(default=8, metadata={"help": "Leading directions that are cut."})
+    min_numel: int = field(default=4096, metadata={"help": "Smaller tensors keep AdamW's state."})
+    sketch_seed: int = field(default=0, metadata={"help": "Of measurements and sketches."})
+    on_nonfinite: Literal["raise", "skip"] = field(default="raise", metadata={"help": "At NaN in a gradient."})
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        optim = self.optim
+        names = [OPTIM, *(name.value for name in OptimizerNames)]
+        self.check(optim in names, "optim", f"must be one of {', '.join(names)}")
+        if optim == OPTIM:
+            # The host's enumeration of names is closed.
+            self.optim = "adamw_torch"
+        super(MethodConfig, self).__post_init__()  # type: ignore[misc]  # the host's
+        self.optim = optim if optim == OPTIM else self.optim
+        self.validate()
+
+    def validate(self) -> None:
+        """Rules between settings."""
+        self.check(getattr(self, "learning_rate", 0) >= 0, "learning_rate", "must be at least 0")
+        self.check(self.state_budget is None or self.state_budget > 0, "state_budget", "must be above 0")
+        for name, least in (("k", 1), ("s", 1), ("chunk_size", 1), ("rank", 1)):
+            value = getattr(self, name)
+            self.check(value is None or value >= least, name, f"must be at least {least}")
+        for name, least in (("refresh", 1), ("directions", 0), ("min_numel", 1), ("sketch_seed", 0)):
+            self.check(getattr(self, name) >= least, name, f"must be at least {least}")
+        self.check(self.rank is None or self.mode == "paper", "rank", 'needs mode="paper"')
+        if self.state_budget is not None:
+            for name in ("k", "s", "chunk_size", "state_dtype"):
+                self.check(getattr(self, name) is None, name, "must be left out: state_budget chooses it")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `TrainingArguments`: plain JSON types, tokens hidden."""
+        return super(MethodConfig, self).to_dict()  # type: ignore[misc]
+
+    @classmethod
+    def from_dict(cls: type[ConfigT], data: dict[str, Any], strict: bool = False) -> ConfigT:
+        """Build from `to_dict()`; the tokens it hides are left out."""
+        return super().from_dict({k: v for k, v in data.items() if v != f"<{k.upper()}>"}, strict)
+
+    def optimizer_settings(self) -> dict[str, Any]:
+        """Keyword arguments of `SGCAdamW` that were set here, without rate and decay."""
+        names = inspect.signature(SGCAdamW).parameters
+        found = {name: getattr(self, name) for name in names if hasattr(self, name)}
+        found = {name: value for name, value in found.items() if value is not None}
+        del found["weight_decay"]
+        return {**found, "seed": self.sketch_seed}
+
+
+@dataclass
+class SGCConfig(SGCConfigMixin, TrainingArguments):
     """`TrainingArguments` with the settings of `SGCAdamW`; works with `HfArgumentParser`.
 
     Everything else of `TrainingArguments` keeps its meaning: `adam_beta1`, `adam_beta2`, `adam_epsilon`, `weight_decay` and
@@ -54,76 +126,12 @@ class SGCConfig(TrainingArguments, MethodConfig):
         directions (`int`, defaults to 8): Leading directions that `"factored"` cuts, at most a quarter of a matrix's.
         relative_step (`bool`, *optional*): Whether steps follow the weights' scale; `None` means with `"factored"` alone.
         min_numel (`int`, defaults to 4096): With chunks, smaller tensors keep AdamW's state.
-        sketch_seed (`int`, defaults to 0): Of the measurements; independent of `seed`.
+        sketch_seed (`int`, defaults to 0): Of measurements and sketches; independent of `seed`.
         on_nonfinite (`str`, defaults to `"raise"`): `"raise"` or `"skip"`, at NaN or infinity in a gradient.
 
     Raises:
         ConfigError: naming the setting.
     """
-
-    optim: str = field(default=OPTIM, metadata={"help": "The optimizer."})
-    mode: Literal["factored", "paper", "hybrid", "block"] = field(
-        default="factored", metadata={"help": "Which method."}
-    )
-    state_budget: float | None = field(default=None, metadata={"help": "Share of AdamW's state (up to 1), or bytes."})
-    k: int | None = field(default=None, metadata={"help": "Measurements a chunk."})
-    s: int | None = field(default=None, metadata={"help": "Entries kept a chunk."})
-    chunk_size: int | None = field(default=None, metadata={"help": "Entries a chunk."})
-    state_dtype: Literal["float32", "bfloat16"] | None = field(default=None, metadata={"help": "Of the state."})
-    measurement: Literal["gaussian", "srht", "countsketch"] = field(default="srht", metadata={"help": "The matrix."})
-    recover: Literal["known", "omp"] = field(default="known", metadata={"help": "How moments are decoded."})
-    moment_space: Literal["decoded", "compressed"] = field(default="decoded", metadata={"help": "Where squares are."})
-    residual: Literal["none", "chunk"] = field(default="none", metadata={"help": "What moves the other entries."})
-    rank: int | None = field(default=None, metadata={"help": "Of CESGC's projection."})
-    refresh: int = field(default=200, metadata={"help": "Steps between two projections."})
-    relative_step: bool | None = field(default=None, metadata={"help": "Steps in proportion to the weights' scale."})
-    directions: int = field(default=8, metadata={"help": "Leading directions that are cut."})
-    min_numel: int = field(default=4096, metadata={"help": "Smaller tensors keep AdamW's state."})
-    sketch_seed: int = field(default=0, metadata={"help": "Of the measurements."})
-    on_nonfinite: Literal["raise", "skip"] = field(default="raise", metadata={"help": "At NaN in a gradient."})
-
-    def __post_init__(self) -> None:
-        self._check_types()
-        optim = self.optim
-        names = [OPTIM, *(name.value for name in OptimizerNames)]
-        self.check(optim in names, "optim", f"must be one of {', '.join(names)}")
-        if optim == OPTIM:
-            # The host's enumeration of names is closed.
-            self.optim = "adamw_torch"
-        super().__post_init__()
-        self.optim = optim if optim == OPTIM else self.optim
-        self.validate()
-
-    def validate(self) -> None:
-        """Rules between settings."""
-        self.check(self.learning_rate >= 0, "learning_rate", "must be at least 0")
-        self.check(self.state_budget is None or self.state_budget > 0, "state_budget", "must be above 0")
-        for name, least in (("k", 1), ("s", 1), ("chunk_size", 1), ("rank", 1)):
-            value = getattr(self, name)
-            self.check(value is None or value >= least, name, f"must be at least {least}")
-        for name, least in (("refresh", 1), ("directions", 0), ("min_numel", 1), ("sketch_seed", 0)):
-            self.check(getattr(self, name) >= least, name, f"must be at least {least}")
-        self.check(self.rank is None or self.mode == "paper", "rank", 'needs mode="paper"')
-        if self.state_budget is not None:
-            for name in ("k", "s", "chunk_size", "state_dtype"):
-                self.check(getattr(self, name) is None, name, "must be left out: state_budget chooses it")
-
-    def to_dict(self) -> dict[str, Any]:
-        """As `TrainingArguments`: plain JSON types, tokens hidden."""
-        return TrainingArguments.to_dict(self)
-
-    @classmethod
-    def from_dict(cls: type[ConfigT], data: dict[str, Any], strict: bool = False) -> ConfigT:
-        """Build from `to_dict()`; the tokens it hides are left out."""
-        return super().from_dict({k: v for k, v in data.items() if v != f"<{k.upper()}>"}, strict)
-
-    def optimizer_settings(self) -> dict[str, Any]:
-        """Keyword arguments of `SGCAdamW` that were set here, without rate and decay."""
-        names = inspect.signature(SGCAdamW).parameters
-        found = {name: getattr(self, name) for name in names if hasattr(self, name)}
-        found = {name: value for name, value in found.items() if value is not None}
-        del found["weight_decay"]
-        return {**found, "seed": self.sketch_seed}
 
 
 class SGCCallback(TrainerCallback):
@@ -167,7 +175,7 @@ class SGCCallback(TrainerCallback):
 class SGCMixin:
     """Puts `SGCAdamW` into any `Trainer`: write it first, as in `class MyTrainer(SGCMixin, SFTTrainer)`.
 
-    With an `SGCConfig`, or a config that mixes it in, its settings are used; with any other `TrainingArguments` those of
+    With an `SGCConfig`, or another that mixes in `SGCConfigMixin`, its settings are used; with any other `TrainingArguments` those of
     `optim_args`, and `SGCAdamW`'s defaults. An optimizer that is passed in (`optimizers`, `optimizer_cls_and_kwargs`) stays.
     """
 
@@ -223,7 +231,7 @@ def _inner(optimizer: Any) -> SGCAdamW | None:
 
 
 def _chosen(args: TrainingArguments) -> bool:
-    return not isinstance(args, SGCConfig) or args.optim == OPTIM
+    return not isinstance(args, SGCConfigMixin) or args.optim == OPTIM
 
 
 def _refuse_sharding(trainer: Any) -> None:
@@ -237,7 +245,7 @@ def _refuse_sharding(trainer: Any) -> None:
 
 def _keywords(args: TrainingArguments, model: torch.nn.Module) -> dict[str, Any]:
     """All keyword arguments of the optimizer: those of the config, of `optim_args`, and what a budget chooses."""
-    settings = args.optimizer_settings() if isinstance(args, SGCConfig) else {}
+    settings = args.optimizer_settings() if isinstance(args, SGCConfigMixin) else {}
     overrides = parse_optim_args(args.optim_args)
     budget = overrides.pop("state_budget", getattr(args, "state_budget", None))
     settings = {**settings, **overrides}

@@ -5,8 +5,9 @@ A two-layer Llama learns a made-up language from scratch and in memory: a token 
 seed that is not reported. Loss is that of 64 sequences nothing was trained on, above that of the language itself, which no
 model can beat. Bytes are those of all state, and of matrices kept beside it.
 
-Peers: AdamW, Adafactor as `Trainer` makes it, one second moment a chunk without momentum (`mode="block"`), and the form the
-paper published, with its moments known at the entries kept and found by matching pursuit.
+Peers: AdamW, Adafactor as `Trainer` makes it and with steps relative to the weights, one second moment a chunk without
+momentum (`mode="block"`), and the form the paper published, with its moments known at the entries kept and found by matching
+pursuit.
 """
 
 from __future__ import annotations

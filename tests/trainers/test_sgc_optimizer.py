@@ -443,8 +443,9 @@ def test_a_tensor_of_zeros_moves_as_one_of_the_smallest_scale():
     assert float(parameter.detach().square().mean().sqrt()) == pytest.approx(0.05 * SMALLEST_SCALE, rel=0.02)
 
 
-def test_a_vector_of_large_entries_moves_as_one_of_ones():
-    parameter = torch.nn.Parameter(torch.full((40,), 30.0))
+@pytest.mark.parametrize("shape", [(40,), (1, 40), (40, 1), (1, 1, 40)])
+def test_a_vector_of_large_entries_moves_as_one_of_ones(shape):
+    parameter = torch.nn.Parameter(torch.full(shape, 30.0))
     optimizer = SGCAdamW([parameter], lr=0.05 * USUAL_SCALE)
     feed(optimizer, [parameter], [0])
     assert float((parameter.detach() - 30.0).square().mean().sqrt()) == pytest.approx(0.05, rel=0.02)
@@ -532,7 +533,19 @@ def test_experts_of_a_mixture_keep_a_share_like_that_of_other_matrices():
     for old, stack in zip(before, experts):
         kept = sum(t.numel() for name, t in optimizer.state[stack].items() if name != "step")
         assert kept == len(stack) * sum(stack.shape[1:])
-        assert all(not torch.equal(o, new) for o, new, g in zip(old, stack, stack.grad) if g.any())
+        moved = [not torch.equal(one, other) for one, other in zip(old, stack)]
+        assert moved == [bool(part.any()) for part in stack.grad]
+        assert any(moved)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_inside_autocast_is_the_same(case):
+    parameters, optimizer = build(case)
+    others, plain = build(case)
+    with torch.autocast("cpu", torch.bfloat16):
+        feed(optimizer, parameters, range(2))
+    feed(plain, others, range(2))
+    assert_same([p.detach() for p in parameters], [p.detach() for p in others])
 
 
 def test_a_projection_is_refreshed_on_schedule_and_steps_stay_in_its_span():

@@ -1,4 +1,4 @@
-"""`SGCMixin` before trainers of TRL, with a config that mixes in `SGCConfig` and with TRL's own."""
+"""`SGCMixin` before trainers of TRL, with a config that mixes in `SGCConfigMixin` and with TRL's own."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from hf_ext import SGCAdamW, SGCConfig, SGCMixin
+from hf_ext import SGCAdamW, SGCConfigMixin, SGCMixin
 from hf_ext.tiny import VOCAB_SIZE, tiny_model
 from tests.trainers.training import QUIET, rows, weights
 
@@ -19,12 +19,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
 @dataclass
-class MixedSFTConfig(SGCConfig, SFTConfig):
+class MixedSFTConfig(SGCConfigMixin, SFTConfig):
     pass
 
 
 @dataclass
-class MixedDPOConfig(SGCConfig, DPOConfig):
+class MixedDPOConfig(SGCConfigMixin, DPOConfig):
     pass
 
 
@@ -53,6 +53,13 @@ def make(trainer, config, folder, data, tokenizer, ref_model=None, **settings):
     args = config(**{**QUIET, **logs, **defaults, **settings})
     extra = {} if ref_model is None else {"ref_model": ref_model}
     return trainer(model=tiny_model("llama"), args=args, train_dataset=data, processing_class=tokenizer, **extra)
+
+
+@pytest.mark.parametrize(("mixed", "plain"), [(MixedSFTConfig, SFTConfig), (MixedDPOConfig, DPOConfig)])
+def test_a_mixed_config_changes_no_default_but_the_optimizer(tmp_path, mixed, plain):
+    one, other = (config(output_dir=str(tmp_path), use_cpu=True).to_dict() for config in (mixed, plain))
+    assert {name for name, value in other.items() if one[name] != value} == {"optim"}
+    assert one["optim"] == "sgc_adamw"
 
 
 @pytest.mark.parametrize(

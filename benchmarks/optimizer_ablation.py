@@ -10,12 +10,14 @@ Averaged after a cut the leading directions of one batch cannot fill it. Variant
 
 - `full`: a float32 number a weight, what all others approximate;
 - `4 bit`: a sign and three bits a weight, a scale for 128, rounded stochastically;
-- `measured`: 128 measurements of 1,024 weights, decoded by least squares on the 48 largest entries of `m` that the present
-  step points at, the step itself elsewhere;
-- `largest, error fed back`: a count-sketch of 128 numbers for 1,024 weights adds up all steps; its 48 largest entries are made
-  and taken out of it, the others wait (FetchSGD, arXiv 2007.07682).
+- `measured`: 128 measurements of 1,024 weights; the 48 entries that correlate most with them are decoded by least squares and
+  move by that, all others by the step itself;
+- `largest, error fed back`: a count-sketch of 128 numbers for 1,024 weights adds up all averaged steps; the 48 entries that
+  correlate most are decoded, made and taken out of it, what is left waits. FetchSGD (arXiv 2007.07682) with least squares:
+  plain correlations, taken out again and again, grow without bound here.
 
-`momentum of gradients` averages before everything else, as AdamW and Muon do.
+`m` is corrected for its start at zero in all but the last, and averages decay with the steps. `momentum of gradients` averages
+before everything else, as Muon does. Matrices that a seed describes are not counted as state.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +47,7 @@ MOMENTUM = 0.9
 CHUNK, MEASUREMENTS, ENTRIES = 1024, 128, 48
 BITS_BLOCK, LEVELS = 128, 7
 RIDGE = 1e-2
+VERSION = 1  # of the variants below: raise it when they compute something else
 
 # From a step of a matrix, what the momentum kept for that matrix makes of it.
 Momentum = Callable[[Tensor], Tensor]
@@ -58,11 +62,9 @@ class Full:
 
     def __call__(self, step: Tensor) -> Tensor:
         self.steps += 1
-        self.kept = self._add(torch.zeros_like(step) if self.kept is None else self.kept, step)
+        self.kept = torch.zeros_like(step) if self.kept is None else self.kept
+        self.kept.lerp_(step, 1 - MOMENTUM)
         return self.kept / (1 - MOMENTUM**self.steps)
-
-    def _add(self, kept: Tensor, step: Tensor) -> Tensor:
-        return kept.lerp_(step, 1 - MOMENTUM)
 
 
 class FourBit(Full):
@@ -87,23 +89,34 @@ class FourBit(Full):
         return moved
 
 
+@lru_cache(maxsize=2)
+def matrix_and_gram(kind: str) -> tuple[Measurement, Tensor]:
+    matrix = Measurement(kind, MEASUREMENTS, CHUNK, 0)
+    return matrix, matrix.gram()
+
+
+def decode(kind: str, measured: Tensor) -> tuple[Tensor, Tensor]:
+    """Places and values of the entries that explain measurements best, `(C, ENTRIES)` each."""
+    matrix, gram = matrix_and_gram(kind)
+    seen = matrix.correlate(measured)
+    places = top_entries(seen, ENTRIES)
+    return places, solve_on_support(gram, places, seen[:, :, None], RIDGE)[:, :, 0]
+
+
 class Measured:
-    """Measurements of the momentum, least squares on the largest entries of the step."""
+    """Measurements of the momentum."""
 
     def __init__(self) -> None:
         self.kept: Tensor | None = None
         self.steps = 0
 
     def __call__(self, step: Tensor) -> Tensor:
-        chunks, matrix = _blocks(step, CHUNK), Measurement("srht", MEASUREMENTS, CHUNK, 0)
-        support = top_entries(chunks, ENTRIES)
-        largest = torch.zeros_like(chunks).scatter_(1, support, chunks.gather(1, support))
+        chunks, matrix = _blocks(step, CHUNK), matrix_and_gram("srht")[0]
         self.steps += 1
         self.kept = torch.zeros(len(chunks), MEASUREMENTS) if self.kept is None else self.kept
-        self.kept.lerp_(matrix.project(largest), 1 - MOMENTUM)
-        seen = matrix.correlate(self.kept / (1 - MOMENTUM**self.steps))[:, :, None]
-        values = solve_on_support(matrix.gram(), support, seen, RIDGE)[:, :, 0]
-        return chunks.scatter(1, support, values).flatten()[: step.numel()].view(step.shape)
+        self.kept.lerp_(matrix.project(chunks), 1 - MOMENTUM)
+        places, values = decode("srht", self.kept / (1 - MOMENTUM**self.steps))
+        return chunks.scatter(1, places, values).flatten()[: step.numel()].view(step.shape)
 
 
 class FedBack:
@@ -114,14 +127,12 @@ class FedBack:
         self.waiting: Tensor | None = None
 
     def __call__(self, step: Tensor) -> Tensor:
-        chunks, matrix = _blocks(step, CHUNK), Measurement("countsketch", MEASUREMENTS, CHUNK, 0)
+        chunks, matrix = _blocks(step, CHUNK), matrix_and_gram("countsketch")[0]
         seen = matrix.project(chunks)
         self.momentum = torch.zeros_like(seen) if self.momentum is None else self.momentum
         self.waiting = torch.zeros_like(seen) if self.waiting is None else self.waiting
         self.waiting += self.momentum.lerp_(seen, 1 - MOMENTUM)
-        found = matrix.correlate(self.waiting)
-        support = top_entries(found, ENTRIES)
-        made = torch.zeros_like(chunks).scatter_(1, support, found.gather(1, support))
+        made = torch.zeros_like(chunks).scatter_(1, *decode("countsketch", self.waiting))
         self.waiting -= matrix.project(made)
         return made.flatten()[: step.numel()].view(step.shape)
 
@@ -137,7 +148,7 @@ class StepMomentum(SGCAdamW):
     def __init__(self, groups: list[dict[str, Any]], momentum: Callable[[], Momentum], **settings: Any) -> None:
         super().__init__(groups, **settings)
         self.make, self.momenta = momentum, {}
-        self.defaults["momentum"] = momentum.__name__  # tells the variants' runs apart
+        self.defaults["momentum"] = f"{momentum.__name__} {VERSION}"  # tells the variants' runs apart
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -155,7 +166,7 @@ class GradientMomentum(SGCAdamW):
     def __init__(self, groups: list[dict[str, Any]], **settings: Any) -> None:
         super().__init__(groups, **settings)
         self.momenta: dict[int, Full] = {}
-        self.defaults["momentum"] = "gradients"
+        self.defaults["momentum"] = f"gradients {VERSION}"
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -174,7 +185,7 @@ def gradient_momentum(model: nn.Module, rate: float) -> Optimizer:
     return GradientMomentum(decay_groups(model), lr=rate, betas=BETAS, eps=EPS)
 
 
-# With the middle of their grids; where steps are not relative, as Adafactor's.
+# With the middle of their grids.
 VARIANTS = {
     OURS: Peer(sgc(), 5e-3, 5e-3),
     "no direction cut": Peer(sgc(directions=0), 5e-3, 5e-3),

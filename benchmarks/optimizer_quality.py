@@ -10,7 +10,7 @@ sports, 48 articles held out. Sequences of 128 tokens; warm-up over 5% of the st
 size 10m is trained with bfloat16 autocast, float32 weights, and judged in float32.
 
 `--grid` tries three rates of each optimizer on seed 0, and more in the direction of the best while it is at an edge, four
-at most; the best is kept in `optimizer_grid_<regime>_<size>.json`. Without it all seeds run at that rate. Rates are chosen by
+at most; all are kept in `optimizer_grid_<regime>_<size>.json`. Without it all seeds run at the best rate of seed 0. Rates are chosen by
 the held-out loss of seed 0 that is also reported, for ours and peers alike. Every run is written to `runs/` as soon as it is
 done and is never run twice: whoever is stopped goes on where it was. State is what `true_state_bytes` counts after the last
 step, as a share of AdamW's eight bytes a parameter of the whole model. Differences are to ours of the same seed; times are
@@ -217,25 +217,23 @@ class Lab:
         write_text_atomic(self.runs_path, "[\n" + ",\n".join(lines) + "\n]\n")
 
     def run(self, name: str, peer: Peer, rate: float, seed: int) -> Run:
-        """One run, out of the file if it is there."""
-
-        def same(run: Run) -> bool:
-            return math.isclose(run["rate"], rate) and run["seed"] == seed
-
-        for run in self.runs():
-            if run["method"] == name and same(run):
-                return run
+        """One run, out of the file if it is there with the same settings."""
         model = start(self.regime, self.size, seed)
         parameters = sum(weight.numel() for weight in model.parameters())
         set_seed(seed)
         optimizer = peer.make(model, rate)
         settings = settings_of(optimizer)
-        for run in self.runs():
-            if settings and run["settings"] == settings and same(run):
-                copy = {**run, "method": name}
-                self.keep(copy)
-                print(f"{self.setting}: {name} is {run['method']}", flush=True)
-                return copy
+        same = [
+            r for r in self.runs() if math.isclose(r["rate"], rate) and (r["seed"], r["settings"]) == (seed, settings)
+        ]
+        for run in same:
+            if run["method"] == name:
+                return run
+        for run in same if settings else ():
+            copy = {**run, "method": name}
+            self.keep(copy)
+            print(f"{self.setting}: {name} is {run['method']}", flush=True)
+            return copy
         loss = math.nan
         if train(model, optimizer, self.regime, self.size, seed, self.steps, self.batch):
             size = true_state_bytes(optimizer)
@@ -278,7 +276,8 @@ class Lab:
         if best in (min(tried), max(tried)):
             print(f"{name}: the best rate {best:g} is still at the edge of {sorted(tried)}", flush=True)
         old = read_rows(self.grid_path) if self.grid_path.is_file() else []
-        rows = [row for row in old if row.system != name or not row.setting.startswith(self.setting)]
+        mine = (self.setting, f"{self.setting}, rate")
+        rows = [row for row in old if row.system != name or row.setting.rpartition(" ")[0] not in mine]
         rows.append(Row("sgc", name, self.setting, "best rate", best))
         for rate, run in tried.items():
             if run["loss"] is not None:
@@ -291,21 +290,15 @@ class Lab:
         write_rows(self.grid_path, rows)
 
     def best_rate(self, name: str) -> float | None:
-        """Out of the grid's file: for these steps and batch, else for others."""
-        rows = read_rows(self.grid_path) if self.grid_path.is_file() else []
-        rows = [row for row in rows if (row.system, row.metric) == (name, "best rate")]
-        exact = [row.value for row in rows if row.setting == self.setting]
-        if not exact and rows:
-            print(f"{name}: its rate {rows[-1].value:g} is of {rows[-1].setting}", flush=True)
-        return exact[0] if exact else rows[-1].value if rows else None
+        """Of the runs of seed 0."""
+        tried = [run for run in self.runs() if (run["method"], run["seed"]) == (name, 0) and run["loss"] is not None]
+        return min(tried, key=_loss)["rate"] if tried else None
 
     def write(self, rates: dict[str, float]) -> None:
         """Rows of the runs at these rates; those of other steps, batches and optimizers stay."""
-        runs = self.runs()
-        found = {
-            name: {r["seed"]: r for r in runs if r["method"] == name and math.isclose(r["rate"], rate) and r["loss"]}
-            for name, rate in rates.items()
-        }
+        found = {name: self._by_seed(name, rate) for name, rate in rates.items()}
+        best = self.best_rate(OURS)
+        ours = {} if best is None else self._by_seed(OURS, best)
         rows = []
         for name, by_seed in found.items():
             if not by_seed:
@@ -314,7 +307,6 @@ class Lab:
             share = 100 * last["state_bytes"] / 8 / last["parameters"]
             rows.append(self._row(name, "held-out loss", [run["loss"] for run in by_seed.values()], "nats"))
             rows.append(Row("sgc", name, self.setting, "state, share of AdamW's", share, "%"))
-            ours = found.get(OURS, {})
             both = [run["loss"] - ours[seed]["loss"] for seed, run in by_seed.items() if seed in ours]
             if name != OURS and len(both) > 1:
                 rows.append(self._row(name, "loss above sgc", both, "nats"))
@@ -326,6 +318,10 @@ class Lab:
         kept = [row for row in kept if row.setting != self.setting or row.system not in found]
         self.rows_path.parent.mkdir(parents=True, exist_ok=True)
         write_rows(self.rows_path, [*kept, *rows])
+
+    def _by_seed(self, name: str, rate: float) -> dict[int, Run]:
+        runs = [run for run in self.runs() if run["method"] == name and run["loss"] is not None]
+        return {run["seed"]: run for run in runs if math.isclose(run["rate"], rate)}
 
     def _row(self, name: str, metric: str, values: list[float], unit: str) -> Row:
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
@@ -359,7 +355,7 @@ def main() -> None:
         return
     rates = {name: rate for name in peers if (rate := lab.best_rate(name)) is not None}
     for name in peers.keys() - rates.keys():
-        print(f"{name}: no rate in {lab.grid_path.name}; run with --grid first", flush=True)
+        print(f"{name}: no run of seed 0; run with --grid first", flush=True)
     # Seed after seed, so that all have as many wherever it is stopped.
     for seed in arguments.seeds:
         for name, rate in rates.items():

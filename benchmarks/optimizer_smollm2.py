@@ -37,7 +37,7 @@ from hf_ext.table import Row, write_rows
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import finetunes  # noqa: E402
 from optimizer_peers import PEERS, true_state_bytes  # noqa: E402
-from optimizer_quality import RESULTS, Run  # noqa: E402
+from optimizer_quality import RESULTS, Run, arithmetic, settings_of  # noqa: E402
 
 
 BATCH, TEXTS = 4, 100
@@ -95,6 +95,8 @@ def one(name: str, rate: float, seed: int, steps: int, texts: int) -> Run:
         "peak_gb": peak,
         "step_ms": 1000 * statistics.median(seconds),
         "seconds_a_step": spent / steps,
+        "settings": settings_of(optimizer),
+        "arithmetic": arithmetic(settings_of(optimizer)),
     }
 
 
@@ -110,7 +112,8 @@ class Lab:
 
     def runs(self, name: str) -> list[Run]:
         wanted = (name, self.steps, self.texts)
-        return [run for run in self.all_runs() if (run["method"], run["steps"], run["texts"]) == wanted]
+        found = [run for run in self.all_runs() if (run["method"], run["steps"], run["texts"]) == wanted]
+        return [run for run in found if run.get("arithmetic", 1) == arithmetic(run.get("settings", ""))]
 
     def run(self, name: str, rate: float, seed: int) -> None:
         """One run in a process of its own, if it is not in the file."""

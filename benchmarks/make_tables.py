@@ -50,11 +50,15 @@ PAGES = {
     "docs/methods/sgc.md": (
         "optimizer_quality_scratch_1m",
         "optimizer_quality_finetune_1m",
+        "optimizer_quality_finetune_10m",
+        "optimizer_ablation_finetune_1m",
         "optimizer_smollm2",
         "optimizer_speed",
         "optimizer_resume",
         "optimizer_grid_scratch_1m",
         "optimizer_grid_finetune_1m",
+        "optimizer_grid_finetune_10m",
+        "optimizer_ablation_grid_finetune_1m",
     ),
 }
 # What writes the results that are not simply those of the script of their name.
@@ -65,10 +69,14 @@ COMMANDS = {
     "end_to_end_bfloat16": "end_to_end.py --dtypes bfloat16 --rounds 1 --systems sentencekv hybridkv --out "
     "benchmarks/results/end_to_end_bfloat16.json",
     "end_to_end_float32": "end_to_end.py --dtypes float32 --out benchmarks/results/end_to_end_float32.json",
+    "optimizer_ablation_finetune_1m": "optimizer_ablation.py --seeds 0",
+    "optimizer_ablation_grid_finetune_1m": "optimizer_ablation.py --seeds 0",
     "optimizer_smollm2": "optimizer_smollm2.py --seeds 0",
     "optimizer_grid_finetune_1m": "optimizer_quality.py --regime finetune --steps 300 --grid",
+    "optimizer_grid_finetune_10m": "optimizer_quality.py --size 10m --regime finetune --steps 300 --grid",
     "optimizer_grid_scratch_1m": "optimizer_quality.py --regime scratch --steps 1500 --grid",
     "optimizer_quality_finetune_1m": "optimizer_quality.py --regime finetune --steps 300 --seeds 0 1 2 3 4",
+    "optimizer_quality_finetune_10m": "optimizer_quality.py --size 10m --regime finetune --steps 300 --seeds 0",
     "optimizer_quality_scratch_1m": "optimizer_quality.py --regime scratch --steps 1500 --seeds 0 1 2 3 4",
     "kv_quality_low": "kv_quality.py --documents 2 --needles 0 --ratios 0.28 0.14 --systems hybridkv ojakv 'int4 per token' "
     "'pca post-rope' snapkv 'snapkv + int8' streamingllm --out benchmarks/results/kv_quality_low.json",

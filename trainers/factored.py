@@ -10,8 +10,8 @@ Not in the SGC paper; what it keeps is smaller still than what the paper measure
 3. A step is relative to the root mean square of its tensor, so that gains around 1 and weights around 0.02 learn with one
    rate: a tensor moves by `lr` times its root mean square over `USUAL_SCALE`.
 
-There is no momentum for matrices: it costs a number a weight, and where it was measured it did not help
-(`benchmarks/optimizer_ablation.py`).
+There is no momentum for matrices: it costs a number a weight, and brought a hundredth of a nat or nothing where it was
+measured (`benchmarks/optimizer_ablation.py`).
 """
 
 from __future__ import annotations

@@ -38,6 +38,8 @@ def check_settings(group: dict[str, Any]) -> None:
     for name, choices in _CHOICES.items():
         check(group[name] in choices, name, "one of " + ", ".join(map(repr, choices)))
     for name, least in _AT_LEAST.items():
+        if name == "directions" and group[name] is None:
+            continue
         whole = isinstance(group[name], int) and not isinstance(group[name], bool)
         check(whole and group[name] >= least, name, f"a whole number of at least {least}")
     check(

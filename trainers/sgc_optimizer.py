@@ -45,6 +45,8 @@ from hf_ext.trainers.sgc_checks import STATE_DTYPES, check_parameter, check_sett
 FORMAT_VERSION = 1
 # Chunks are worked on in pieces of about this many entries, which bounds the temporary memory of a step.
 BUCKET_ENTRIES = 1 << 22
+# That are cut where no number is given: their share of the step grows with the width.
+MOST_DIRECTIONS = 64
 # Sums of squares of this stay in float32. Larger entries count as this; they say no more than a sign.
 LARGEST_GRADIENT = 1e15
 
@@ -80,8 +82,9 @@ class SGCAdamW(Optimizer):
         residual (`str`, defaults to `"none"`): `"none"` or `"chunk"`, see there.
         rank (`int`, *optional*): Of CESGC's projection of matrices; `None` measures the gradient itself.
         refresh (`int`, defaults to 200): Steps between two projections of CESGC.
-        directions (`int`, defaults to 8):
-            Leading directions that `"factored"` cuts, at most a quarter of a matrix's; 0 cuts none.
+        directions (`int`, *optional*):
+            Leading directions that `"factored"` cuts, at most a quarter of a matrix's shorter side; 0 cuts none, `None` a
+            sixteenth of that side, at most 64. More do better and cost more of the step.
         relative_step (`bool`, *optional*):
             Whether steps are proportional to each tensor's root mean square (at least 0.02, for vectors at most 1); `None`
             means with `mode="factored"` alone.
@@ -127,7 +130,7 @@ class SGCAdamW(Optimizer):
         residual: str = "none",
         rank: int | None = None,
         refresh: int = 200,
-        directions: int = 8,
+        directions: int | None = None,
         relative_step: bool | None = None,
         min_numel: int = 4096,
         seed: int = 0,
@@ -528,7 +531,8 @@ def cut_shape(group: dict[str, Any], parameter: Tensor) -> tuple[int, int] | Non
     Rows of an embedding are words, most of them absent from a batch: its directions are the words that were there.
     """
     sides = matrix_shape(parameter)[-2:]
-    rank = min(group["directions"], min(sides) // 4)
+    wanted, short = group["directions"], min(sides)
+    rank = min(short // 16, MOST_DIRECTIONS) if wanted is None else min(wanted, short // 4)
     return (rank, sides[0]) if rank and max(sides) < 16 * min(sides) else None
 
 

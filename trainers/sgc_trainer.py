@@ -51,7 +51,7 @@ class SGCConfigMixin(MethodConfig):
     rank: int | None = field(default=None, metadata={"help": "Of CESGC's projection."})
     refresh: int = field(default=200, metadata={"help": "Steps between two projections."})
     relative_step: bool | None = field(default=None, metadata={"help": "Steps in proportion to the weights' scale."})
-    directions: int = field(default=8, metadata={"help": "Leading directions that are cut."})
+    directions: int | None = field(default=None, metadata={"help": "Leading directions that are cut."})
     min_numel: int = field(default=4096, metadata={"help": "Smaller tensors keep AdamW's state."})
     sketch_seed: int = field(default=0, metadata={"help": "Of measurements and sketches."})
     on_nonfinite: Literal["raise", "skip"] = field(default="raise", metadata={"help": "At NaN in a gradient."})
@@ -72,10 +72,10 @@ class SGCConfigMixin(MethodConfig):
         """Rules between settings."""
         self.check(getattr(self, "learning_rate", 0) >= 0, "learning_rate", "must be at least 0")
         self.check(self.state_budget is None or self.state_budget > 0, "state_budget", "must be above 0")
-        for name, least in (("k", 1), ("s", 1), ("chunk_size", 1), ("rank", 1)):
+        for name, least in (("k", 1), ("s", 1), ("chunk_size", 1), ("rank", 1), ("directions", 0)):
             value = getattr(self, name)
             self.check(value is None or value >= least, name, f"must be at least {least}")
-        for name, least in (("refresh", 1), ("directions", 0), ("min_numel", 1), ("sketch_seed", 0)):
+        for name, least in (("refresh", 1), ("min_numel", 1), ("sketch_seed", 0)):
             self.check(getattr(self, name) >= least, name, f"must be at least {least}")
         self.check(self.rank is None or self.mode == "paper", "rank", 'needs mode="paper"')
         if self.state_budget is not None:
@@ -123,7 +123,8 @@ class SGCConfig(SGCConfigMixin, TrainingArguments):
         residual (`str`, defaults to `"none"`): `"none"` or `"chunk"`.
         rank (`int`, *optional*): Of CESGC's projection, with `mode="paper"`.
         refresh (`int`, defaults to 200): Steps between two projections.
-        directions (`int`, defaults to 8): Leading directions that `"factored"` cuts, at most a quarter of a matrix's.
+        directions (`int`, *optional*):
+            Leading directions that `"factored"` cuts; `None` a sixteenth of a matrix's shorter side, at most 64.
         relative_step (`bool`, *optional*): Whether steps follow the weights' scale; `None` means with `"factored"` alone.
         min_numel (`int`, defaults to 4096): With chunks, smaller tensors keep AdamW's state.
         sketch_seed (`int`, defaults to 0): Of measurements and sketches; independent of `seed`.
@@ -273,7 +274,7 @@ def parse_optim_args(text: str | None) -> dict[str, Any]:
     defaults = {
         name: p.default for name, p in inspect.signature(SGCAdamW).parameters.items() if p.kind is p.KEYWORD_ONLY
     }
-    known = {**defaults, "state_budget": 1.0, "rank": 1, "relative_step": True}
+    known = {**defaults, "state_budget": 1.0, "rank": 1, "directions": 1, "relative_step": True}
     found: dict[str, Any] = {}
     for pair in (text or "").replace(" ", "").split(","):
         if not pair:

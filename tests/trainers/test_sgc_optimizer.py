@@ -471,6 +471,17 @@ def test_cutting_directions_changes_matrices_that_are_not_narrow_alone():
         assert (largest_gap(parameters, others) == 0.0) is same, shapes
 
 
+@pytest.mark.parametrize(
+    ("shape", "directions", "rank"),
+    [((128, 384), None, 8), ((384, 1184), None, 24), ((4096, 4096), None, 64), ((15, 40), None, None)]
+    + [((128, 384), 8, 8), ((16, 40), 8, 4), ((128, 384), 0, None), ((64, 1024), None, None)],
+)
+def test_directions_are_a_share_of_the_shorter_side_or_a_number(shape, directions, rank):
+    parameter = torch.nn.Parameter(torch.empty(shape, device="meta"))
+    group = SGCAdamW([parameter], directions=directions).param_groups[0]
+    assert sgc_optimizer.cut_shape(group, parameter) == (None if rank is None else (rank, shape[0]))
+
+
 def test_every_step_has_a_sketch_of_its_own_and_none_is_kept(monkeypatch):
     drawn = []
 

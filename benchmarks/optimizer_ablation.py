@@ -214,13 +214,10 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     lab = Lab(arguments.regime, "1m", arguments.steps, arguments.batch, arguments.out, "ablation")
-    for name in arguments.methods:
-        lab.search(name, VARIANTS[name])
-    rates = {name: rate for name in arguments.methods if (rate := lab.best_rate(name)) is not None}
-    for seed in arguments.seeds:
-        for name, rate in rates.items():
-            lab.run(name, VARIANTS[name], rate, seed)
-            lab.write(rates)
+    variants = {name: VARIANTS[name] for name in arguments.methods}
+    for name, variant in variants.items():
+        lab.search(name, variant)
+    lab.run_seeds(variants, arguments.seeds)
 
 
 if __name__ == "__main__":

@@ -218,11 +218,8 @@ class Lab:
 
     def run(self, name: str, peer: Peer, rate: float, seed: int) -> Run:
         """One run, out of the file if it is there with the same settings."""
-        model = start(self.regime, self.size, seed)
-        parameters = sum(weight.numel() for weight in model.parameters())
-        set_seed(seed)
-        optimizer = peer.make(model, rate)
-        settings = settings_of(optimizer)
+        # Random weights say what the settings are; the model a run begins with may have to be trained first.
+        settings = settings_of(peer.make(build(self.size, seed), rate))
         same = [
             r for r in self.runs() if math.isclose(r["rate"], rate) and (r["seed"], r["settings"]) == (seed, settings)
         ]
@@ -234,6 +231,10 @@ class Lab:
             self.keep(copy)
             print(f"{self.setting}: {name} is {run['method']}", flush=True)
             return copy
+        model = start(self.regime, self.size, seed)
+        parameters = sum(weight.numel() for weight in model.parameters())
+        set_seed(seed)
+        optimizer = peer.make(model, rate)
         loss = math.nan
         if train(model, optimizer, self.regime, self.size, seed, self.steps, self.batch):
             size = true_state_bytes(optimizer)
@@ -294,6 +295,17 @@ class Lab:
         tried = [run for run in self.runs() if (run["method"], run["seed"]) == (name, 0) and run["loss"] is not None]
         return min(tried, key=_loss)["rate"] if tried else None
 
+    def run_seeds(self, peers: dict[str, Peer], seeds: list[int]) -> None:
+        """Every optimizer at its best rate, the rows written after every run."""
+        rates = {name: rate for name in peers if (rate := self.best_rate(name)) is not None}
+        for name in peers.keys() - rates.keys():
+            print(f"{name}: no run of seed 0; run with --grid first", flush=True)
+        # Seed after seed, so that all have as many wherever it is stopped.
+        for seed in seeds:
+            for name, rate in rates.items():
+                self.run(name, peers[name], rate, seed)
+                self.write(rates)
+
     def write(self, rates: dict[str, float]) -> None:
         """Rows of the runs at these rates; those of other steps, batches and optimizers stay."""
         found = {name: self._by_seed(name, rate) for name, rate in rates.items()}
@@ -353,14 +365,7 @@ def main() -> None:
         for name, peer in peers.items():
             lab.search(name, peer)
         return
-    rates = {name: rate for name in peers if (rate := lab.best_rate(name)) is not None}
-    for name in peers.keys() - rates.keys():
-        print(f"{name}: no run of seed 0; run with --grid first", flush=True)
-    # Seed after seed, so that all have as many wherever it is stopped.
-    for seed in arguments.seeds:
-        for name, rate in rates.items():
-            lab.run(name, peers[name], rate, seed)
-            lab.write(rates)
+    lab.run_seeds(peers, arguments.seeds)
 
 
 if __name__ == "__main__":

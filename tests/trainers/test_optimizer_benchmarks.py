@@ -64,7 +64,8 @@ def lab(tmp_path, monkeypatch):
         model.outcome = abs(math.log10(optimizer.param_groups[0]["lr"]) + 2.6)
         return True
 
-    monkeypatch.setattr(quality, "start", lambda *names: torch.nn.Linear(16, 16))
+    for name in ("build", "start"):
+        monkeypatch.setattr(quality, name, lambda *names: torch.nn.Linear(16, 16))
     monkeypatch.setattr(quality, "train", train)
     monkeypatch.setattr(quality, "sequences", lambda *names: torch.zeros(1, 4))
     monkeypatch.setattr(quality.small_finetunes, "loss", lambda model, batches: model.outcome)

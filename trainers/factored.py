@@ -4,9 +4,10 @@ Not in the SGC paper; what it keeps is smaller still than what the paper measure
 `(M, N)`:
 
 1. Second moments as a row times a column, `M + N` numbers (Adafactor, arXiv 1804.04235), turn `G` into `U`.
-2. A few directions hold most of `U` and hide what the others say. A random sketch `Omega U` of `R` rows finds them, and
-   their singular values are cut to a multiple of the mean of the rest. Nothing is kept for it: `Omega` is drawn anew at
-   every step. Muon (momentum and all singular values made equal) does this in full.
+2. A few directions hold most of `U` and hide what the others say. A random sketch of `R` rows, multiplied once by `U U^T`,
+   finds an orthonormal basis `Q` of them, and rows of `Q^T U` are cut to the mean singular value of the rest. Nothing is
+   kept for it: the sketch is drawn anew at every step. Muon (momentum and all singular values made equal) does this in
+   full. Cutting singular values inside `Q` rather than rows takes a decomposition more and measured worse.
 3. A step is relative to the root mean square of its tensor, so that gains around 1 and weights around 0.02 learn with one
    rate: a tensor moves by `lr` times its root mean square over `USUAL_SCALE`.
 
@@ -28,15 +29,15 @@ USUAL_SCALE = 0.1
 SMALLEST_SCALE = 0.02
 # And that of a vector as no more: gains of norms drift upwards, and steps that grow with them let them run away.
 LARGEST_VECTOR_SCALE = 1.0
-# Leading singular values are cut to this multiple of the root mean square of the others.
+# What lies along a leading direction is cut to this multiple of the root mean square of the other singular values.
 LIMIT = 1.0
 # Where the others hold next to nothing (the gradient of a few tokens), they count as this share of an even spread.
 LEAST_CROWD = 0.01
 
 
-def sketch_matrix(rank: int, rows: int, seed: int) -> Tensor:
-    """`Omega`, `(R, M)`, drawn on the CPU, so that every device and process has the same one."""
-    return torch.randn(rank, rows, generator=torch.Generator().manual_seed(seed))
+def sketch_matrix(rank: int, short: int, seed: int) -> Tensor:
+    """`Omega`, `(R, short)`, drawn on the CPU, so that every device and process has the same one."""
+    return torch.randn(rank, short, generator=torch.Generator().manual_seed(seed))
 
 
 def normalize_factored(
@@ -65,29 +66,33 @@ def normalize_factored(
     return torch.mul(gradient, by_row[..., None], out=squares).mul_(by_column[..., None, :])
 
 
-def cut_directions_(update: Tensor, norm: Tensor, sketch: Tensor, limit: float = LIMIT) -> Tensor:
-    """Cut the singular values of the leading directions of a matrix, in place.
+def cut_directions_(update: Tensor, norms: Tensor, sketch: Tensor, part: int, limit: float = LIMIT) -> Tensor:
+    """Shorten what matrices hold along their leading directions, in place.
 
     Args:
-        update (`Tensor`): `(..., M, N)`: a matrix, or a stack of them.
-        norm (`Tensor`): `(...)`, the Frobenius norm of each.
-        sketch (`Tensor`): `(R, M)`, with `R` below `M` and `N`.
-        limit (`float`, defaults to 1.0): Singular values end at this multiple of the root mean square of those outside the
-            sketch.
+        update (`Tensor`): `(B, M, N)`, a stack of matrices.
+        norms (`Tensor`): `(B)`, the Frobenius norm of each.
+        sketch (`Tensor`): `(R, min(M, N))`, with `R` at most a quarter of the shorter side.
+        part (`int`): Which quarter of the longer side shows the leading directions, modulo 4. All of it would show them a
+            little better and take longer.
+        limit (`float`, defaults to 1.0): A row of `Q^T U` ends at this multiple of the root mean square of the singular
+            values outside the space of `Q`.
 
     Returns:
-        `Tensor`: `(...)`, the norm that is left of each.
+        `Tensor`: `(B)`, the norms that are left.
     """
-    rank = len(sketch)
-    # One product with the matrix and one with its transpose: the second tells the leading directions from the crowd.
-    basis = torch.linalg.qr(update @ (sketch @ update).mT).Q
-    seen = basis.mT @ update
-    values, vectors = torch.linalg.eigh(seen @ seen.mT)
-    short, energy = min(update.shape[-2:]), norm.square()
-    outside = (energy - values.sum(-1)).clamp_min_(0.0)
-    rest = torch.maximum(outside / (short - rank), LEAST_CROWD * energy / short)
-    keep = (limit**2 * rest[..., None] / values.clamp_min(torch.finfo(update.dtype).tiny)).sqrt_().clamp_max_(1.0)
-    add_product = update.addmm_ if update.ndim == 2 else update.baddbmm_
-    add_product(basis @ (vectors * (keep - 1.0)[..., None, :]) @ vectors.mT, seen)
+    wide = update if update.shape[1] <= update.shape[2] else update.mT
+    rank, short = sketch.shape
+    quarter = wide[..., part % 4 * (wide.shape[2] // 4) :][..., : wide.shape[2] // 4]
+    # Two products with a quarter tell the leading directions from the crowd. One with all of the matrix shows what they
+    # hold, another shortens it.
+    basis = torch.linalg.qr(quarter @ (sketch @ quarter).mT).Q
+    seen = basis.mT @ wide
+    lengths = torch.linalg.vector_norm(seen, dim=-1)
+    energy, found = norms.square(), lengths.square()
+    outside = (energy - found.sum(-1)).clamp_min_(0.0)
+    rest = torch.maximum(outside / (short - rank), LEAST_CROWD * energy / short).sqrt_()
+    keep = (limit * rest[:, None] / lengths.clamp_min_(torch.finfo(update.dtype).tiny)).clamp_max_(1.0)
+    wide.baddbmm_(basis * (keep - 1.0)[:, None], seen)
     # A sum of what is left, never a difference: of a matrix of low rank rounding would leave nothing to divide by.
-    return (outside + (values.clamp_min(0.0) * keep.square()).sum(-1)).sqrt_()
+    return (outside + found.mul_(keep.square_()).sum(-1)).sqrt_()

@@ -12,7 +12,8 @@ from torch import Tensor
 from hf_ext.errors import ConfigError
 from hf_ext.trainers.measurements import Measurement
 from hf_ext.trainers.sgc_checks import STATE_DTYPES
-from hf_ext.trainers.sgc_optimizer import SGCAdamW, keeps_adamw, state_shapes
+from hf_ext.trainers.sgc_optimizer import SGCAdamW
+from hf_ext.trainers.sgc_state import keeps_adamw, state_shapes
 
 
 # AdamW keeps two float32 numbers a weight.

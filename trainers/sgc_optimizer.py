@@ -40,13 +40,14 @@ from hf_ext.trainers.sgc import (
     project_basis,
 )
 from hf_ext.trainers.sgc_checks import STATE_DTYPES, check_parameter, check_settings, check_whole
+from hf_ext.trainers.sgc_state import directions_cut, is_vector, keeps_adamw, matrix_shape, state_shapes
 
 
 FORMAT_VERSION = 1
 # Chunks are worked on in pieces of about this many entries, which bounds the temporary memory of a step.
 BUCKET_ENTRIES = 1 << 22
-# That are cut where no number is given: their share of the step grows with the width.
-MOST_DIRECTIONS = 64
+# And matrices of one shape in stacks of about this many, which a processor's cache holds.
+STACK_ENTRIES = 1 << 20
 # Sums of squares of this stay in float32. Larger entries count as this; they say no more than a sign.
 LARGEST_GRADIENT = 1e15
 
@@ -55,6 +56,8 @@ _STRUCTURE = (
     "format_version", "mode", "k", "chunk_size", "measurement", "seed", "rank", "moment_space", "min_numel",
     "state_dtype", "checksum",
 )  # fmt: skip
+
+_Kept = tuple[Tensor, dict[str, Tensor]]  # a parameter and its state
 
 _logger = get_logger(__name__)
 
@@ -84,7 +87,7 @@ class SGCAdamW(Optimizer):
         refresh (`int`, defaults to 200): Steps between two projections of CESGC.
         directions (`int`, *optional*):
             Leading directions that `"factored"` cuts, at most a quarter of a matrix's shorter side; 0 cuts none, `None` a
-            sixteenth of that side, at most 64. More do better and cost more of the step.
+            sixteenth of that side, at most 16. More do better on wide matrices and cost more of the step.
         relative_step (`bool`, *optional*):
             Whether steps are proportional to each tensor's root mean square (at least 0.02, for vectors at most 1); `None`
             means with `mode="factored"` alone.
@@ -196,17 +199,19 @@ class SGCAdamW(Optimizer):
         steps = [int(self.state[p]["step"]) for parameters in ready for p in parameters if self.state[p]]
         self._noise = torch.Generator().manual_seed(self.defaults["seed"] + max(steps, default=0))
         for group, parameters in zip(self.param_groups, ready, strict=True):
-            large = []
+            large, matrices = [], []
             for parameter in parameters:
                 if keeps_adamw(group, parameter):
                     self._update_small(group, parameter)
                 elif group["mode"] == "factored":
-                    self._update_factored(group, parameter)
+                    matrices.append((parameter, self._advance(group, parameter)))
                 elif group["rank"] is not None and parameter.ndim > 1:
                     self._update_projected(group, parameter)
                 else:
                     state, scale = self._advance(group, parameter), _scale(group, parameter)
                     large.append(_Chunked(parameter, self._gradient(parameter), state, scale))
+            for stack in _stacks(matrices):
+                self._update_factored(group, stack)
             self._update_chunks(group, large)
         self._sketches.clear()
         if self._tally:
@@ -318,11 +323,11 @@ class SGCAdamW(Optimizer):
             self._measurements[key] = Measurement(*key)
         return self._measurements[key]
 
-    def _sketch(self, group: dict[str, Any], step: int, rank: int, rows: int, device: torch.device) -> Tensor:
-        """Shared by all tensors of a height, and another at each step: what one misses the next will see."""
-        key = (rank, rows, group["seed"] + step, device)
+    def _sketch(self, rank: int, short: int, seed: int, device: torch.device) -> Tensor:
+        """Shared by all matrices of a shorter side, and others at each step: what one sketch misses the next will see."""
+        key = (rank, short, seed, device)
         if key not in self._sketches:
-            self._sketches[key] = sketch_matrix(*key[:3]).to(device)
+            self._sketches[key] = sketch_matrix(rank, short, seed).to(device)
         return self._sketches[key]
 
     def _advance(self, group: dict[str, Any], parameter: Tensor) -> dict[str, Tensor]:
@@ -352,21 +357,26 @@ class SGCAdamW(Optimizer):
         _move(group, parameter, (first / at.correction1).div_(spread), _scale(group, parameter))
         self._store(state, first=first, second=second)
 
-    def _update_factored(self, group: dict[str, Any], parameter: Tensor) -> None:
-        state = self._advance(group, parameter)
-        shape = matrix_shape(parameter)
-        at, gradient = _moments(group, state), self._gradient(parameter).reshape(shape)
-        rows, columns = state["rows"].float(), state["columns"].float()
+    def _update_factored(self, group: dict[str, Any], stack: list[_Kept]) -> None:
+        parameters, states = zip(*stack, strict=True)
+        at, shape = _moments(group, states[0]), matrix_shape(parameters[0])[1:]
+        gradient = _joined([self._gradient(p).reshape(-1, *shape) for p in parameters])
+        rows = _joined([state["rows"].float().view(-1, shape[0]) for state in states])
+        columns = _joined([state["columns"].float().view(-1, shape[1]) for state in states])
         update = normalize_factored(gradient, rows, columns, at.beta2, at.correction2, at.eps)
-        norm = after = torch.linalg.vector_norm(update.flatten(-2), dim=-1)
-        if cut := cut_shape(group, parameter):
-            after = cut_directions_(update, norm, self._sketch(group, at.step, *cut, update.device))
+        norms = after = torch.linalg.vector_norm(update.flatten(1), dim=1)
+        if rank := directions_cut(group, shape):
+            sketch = self._sketch(rank, min(shape), group["seed"] + at.step, update.device)
+            after = cut_directions_(update, norms, sketch, at.step)
         # What was cut off is given to the other directions. As in Adafactor, more than one unit is brought back to one.
-        factor = norm.clamp_max((shape[-2] * shape[-1]) ** 0.5) / after.clamp_min(torch.finfo(torch.float32).tiny)
-        scale = _scale(group, parameter, shape)
-        factor = factor if scale is None else factor * scale
-        _move(group, parameter, update.view(parameter.shape), factor if len(shape) == 2 else factor[:, None, None])
-        self._store(state, rows=rows, columns=columns)
+        factors = norms.clamp_max((shape[0] * shape[1]) ** 0.5) / after.clamp_min(torch.finfo(torch.float32).tiny)
+        counts = [matrix_shape(p)[0] for p in parameters]
+        pieces = (tensor.split(counts) for tensor in (update, factors, rows, columns))
+        for (parameter, state), matrices, factor, row, column in zip(stack, *pieces, strict=True):
+            scale = _scale(group, parameter, len(matrices))
+            factor = factor if scale is None else factor * scale
+            _move(group, parameter, matrices.view(parameter.shape), factor)
+            self._store(state, rows=row.view_as(state["rows"]), columns=column.view_as(state["columns"]))
 
     def _update_projected(self, group: dict[str, Any], parameter: Tensor) -> None:
         """CESGC: the chunks are those of the gradient in a basis of its leading singular vectors."""
@@ -483,57 +493,19 @@ def _together(one: _Chunked, other: _Chunked) -> bool:
     return one.gradient.device == other.gradient.device and int(one.state["step"]) == int(other.state["step"])
 
 
-def state_shapes(group: dict[str, Any], parameter: Tensor) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what a parameter keeps, without the count of its steps."""
-    mode, entries = group["mode"], parameter.numel()
-    if keeps_adamw(group, parameter):
-        return {"first": tuple(parameter.shape), "second": tuple(parameter.shape)}
-    if mode == "factored":
-        *stack, rows, columns = matrix_shape(parameter)
-        return {"rows": (*stack, rows), "columns": (*stack, columns)}
-    shapes: dict[str, tuple[int, ...]] = {}
-    if mode == "paper" and group["rank"] is not None and parameter.ndim > 1:
-        short, long = sorted((parameter.shape[0], entries // parameter.shape[0]))
-        rank = min(group["rank"], short)
-        shapes["basis"], entries = (short, rank), rank * long
-    size = group["chunk_size"] or entries
-    chunks, k = -(-entries // size), min(group["k"], size)
-    if mode != "block":
-        shapes["first"] = (chunks, k)
-    shapes["second"] = (chunks, k if mode == "paper" else 1)
-    return shapes
+def _stacks(matrices: list[_Kept]) -> Iterator[list[_Kept]]:
+    """Parameters whose matrices have one shape, device and step, with their states, about `STACK_ENTRIES` at a time."""
+    alike: dict[tuple, list[_Kept]] = {}
+    for parameter, state in matrices:
+        key = (matrix_shape(parameter)[1:], parameter.device, int(state["step"]))
+        alike.setdefault(key, []).append((parameter, state))
+    for found in alike.values():
+        most = max(1, STACK_ENTRIES // found[0][0].numel())
+        yield from (found[start : start + most] for start in range(0, len(found), most))
 
 
-def matrix_shape(parameter: Tensor) -> tuple[int, ...]:
-    """`(M, N)` of a tensor as one matrix, or `(B, M, N)` as a stack of them, whichever has less state.
-
-    Experts of a layer in one tensor are a stack; the kernel of a convolution is a matrix with a row an output.
-    """
-    flat = (parameter.shape[0], parameter.numel() // parameter.shape[0])
-    if parameter.ndim == 3 and parameter.shape[0] * (parameter.shape[1] + parameter.shape[2]) < sum(flat):
-        return tuple(parameter.shape)
-    return flat
-
-
-def keeps_adamw(group: dict[str, Any], parameter: Tensor) -> bool:
-    """Whether a parameter is too small, or in the default mode no matrix, and gets AdamW's update and state."""
-    return is_vector(parameter) if group["mode"] == "factored" else parameter.numel() < group["min_numel"]
-
-
-def is_vector(parameter: Tensor) -> bool:
-    """Whether all entries lie along one dimension."""
-    return parameter.numel() == max(parameter.shape, default=1)
-
-
-def cut_shape(group: dict[str, Any], parameter: Tensor) -> tuple[int, int] | None:
-    """Rank and height of the sketch that finds a matrix's leading directions; `None` where none are cut.
-
-    Rows of an embedding are words, most of them absent from a batch: its directions are the words that were there.
-    """
-    sides = matrix_shape(parameter)[-2:]
-    wanted, short = group["directions"], min(sides)
-    rank = min(short // 16, MOST_DIRECTIONS) if wanted is None else min(wanted, short // 4)
-    return (rank, sides[0]) if rank and max(sides) < 16 * min(sides) else None
+def _joined(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
 def _moments(group: dict[str, Any], state: dict[str, Tensor]) -> Moments:
@@ -541,22 +513,20 @@ def _moments(group: dict[str, Any], state: dict[str, Tensor]) -> Moments:
     return Moments(beta1, beta2, group["eps"], int(state["step"]))
 
 
-def _scale(group: dict[str, Any], parameter: Tensor, shape: tuple[int, ...] = ()) -> Tensor | None:
-    """The unit of a relative step, a number on the parameter's device, of a stack `(B, M, N)` one a matrix.
-
-    `None` where steps are not relative.
-    """
+def _scale(group: dict[str, Any], parameter: Tensor, stack: int = 1) -> Tensor | None:
+    """`(B)` units of relative steps, of a parameter as so many matrices, on its device; `None` where steps are not relative."""
     if not group["relative_step"]:
         return None
-    weights = parameter.detach().reshape(shape[0] if len(shape) == 3 else 1, -1)
-    scale = torch.linalg.vector_norm(weights, dim=-1, dtype=torch.float32) / weights.shape[1] ** 0.5
-    scale = scale if len(shape) == 3 else scale[0]
+    weights = parameter.detach().reshape(stack, -1)
+    scale = torch.linalg.vector_norm(weights, dim=1, dtype=torch.float32) / weights.shape[1] ** 0.5
     return scale.clamp(SMALLEST_SCALE, LARGEST_VECTOR_SCALE if is_vector(parameter) else None) / USUAL_SCALE
 
 
 def _move(group: dict[str, Any], parameter: Tensor, direction: Tensor, factor: Tensor | None) -> None:
-    """Decay, then step along `direction` times `factor`, in one pass where types agree."""
+    """Decay, then step along `direction` times `factor`, `(B)` for a stack, in one pass where types agree."""
     rate = group["lr"]
+    if factor is not None:
+        factor = factor.view(-1, 1, 1) if len(factor) > 1 else factor[0]
     if group["weight_decay"]:
         parameter.mul_(1.0 - rate * group["weight_decay"])
     if factor is None:

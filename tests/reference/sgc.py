@@ -191,24 +191,31 @@ class FactoredMoment:
         return result
 
 
-def sketched_space(update: Tensor, sketch: Tensor) -> Tensor:
-    """Orthonormal columns that span what the sketch finds: the range of `U U^T Omega^T`."""
-    found = update.double() @ update.double().T @ sketch.double().T
-    return torch.linalg.svd(found, full_matrices=False).U
+def sketched_space(update: Tensor, sketch: Tensor, part: int) -> Tensor:
+    """Orthonormal columns on the shorter side, by Gram and Schmidt, of what the sketch finds in a quarter of the longer."""
+    wide = update.double() if update.shape[0] <= update.shape[1] else update.double().T
+    width = wide.shape[1] // 4
+    quarter = wide[:, [part % 4 * width + offset for offset in range(width)]]
+    columns = []
+    for column in (quarter @ (sketch.double() @ quarter).T).T:
+        for _ in range(2):
+            for other in columns:
+                column = column - other * (other @ column)
+        columns.append(column / column.norm())
+    return torch.stack(columns, dim=1)
 
 
-def cut_directions(update: Tensor, sketch: Tensor, limit: float) -> Tensor:
-    """Singular values inside the sketched space cut to `limit` times the root mean square of those outside.
+def cut_directions(update: Tensor, sketch: Tensor, part: int, limit: float) -> Tensor:
+    """Each direction of the sketched space cut to `limit` times the root mean square of the singular values outside.
 
     Those count as no less than a hundredth of an even spread.
     """
-    update = update.double()
-    basis = sketched_space(update, sketch)
-    inside = basis @ basis.T @ update
-    outside = update - inside
-    left, values, right = torch.linalg.svd(inside, full_matrices=False)
-    count = min(update.shape) - len(sketch)
-    crowd = max(float((outside**2).sum()) / count, 0.01 * float((update**2).sum()) / min(update.shape))
-    level = limit * crowd**0.5
-    lowered = torch.tensor([min(float(value), level) for value in values], dtype=torch.float64)
-    return outside + left @ torch.diag(lowered) @ right
+    wide = update.double() if update.shape[0] <= update.shape[1] else update.double().T
+    basis = sketched_space(update, sketch, part)
+    outside = wide - basis @ basis.T @ wide
+    crowd = max(float((outside**2).sum()) / (len(wide) - len(sketch)), 0.01 * float((wide**2).sum()) / len(wide))
+    cut = outside
+    for direction in basis.T:
+        held = direction @ wide
+        cut = cut + torch.outer(direction, held) * min(1.0, limit * crowd**0.5 / float(held.norm()))
+    return cut if update.shape[0] <= update.shape[1] else cut.T

@@ -6,6 +6,7 @@ import torch
 from hf_ext.trainers import sgc_optimizer
 from hf_ext.trainers.factored import sketch_matrix
 from hf_ext.trainers.sgc_optimizer import SGCAdamW
+from hf_ext.trainers.sgc_state import directions_cut
 from tests.trainers.helpers import build, feed, gradient, largest_gap, settings
 
 
@@ -26,13 +27,13 @@ def test_cutting_directions_changes_matrices_that_are_not_narrow_alone():
 
 @pytest.mark.parametrize(
     ("shape", "directions", "rank"),
-    [((128, 384), None, 8), ((384, 1184), None, 24), ((4096, 4096), None, 64), ((15, 40), None, None)]
-    + [((128, 384), 8, 8), ((16, 40), 8, 4), ((128, 384), 0, None), ((64, 1024), None, None)],
+    [((128, 384), None, 8), ((256, 1184), None, 16), ((4096, 4096), None, 16), ((15, 40), None, 0)]
+    + [((128, 384), 8, 8), ((16, 40), 8, 4), ((384, 128), 0, 0), ((64, 1024), None, 0), ((4096, 4096), 64, 64)],
 )
 def test_directions_are_a_share_of_the_shorter_side_or_a_number(shape, directions, rank):
     parameter = torch.nn.Parameter(torch.empty(shape, device="meta"))
     group = SGCAdamW([parameter], directions=directions).param_groups[0]
-    assert sgc_optimizer.cut_shape(group, parameter) == (None if rank is None else (rank, shape[0]))
+    assert directions_cut(group, shape) == rank
 
 
 def test_every_step_has_a_sketch_of_its_own_and_none_is_kept(monkeypatch):

@@ -65,7 +65,7 @@ BASE_STEPS, BASE_BATCH, BASE_RATE = 1000, 4, 3e-3
 EXTENSIONS = 4
 _VERSION = "v1"  # part of the folder's name: raise it when training of the base model changes
 # Of the modes of `SGCAdamW`: raise one when it computes something else, and its runs of before count no more.
-ARITHMETIC = {"factored": 3, "paper": 1, "hybrid": 1, "block": 1}
+ARITHMETIC = {"factored": 4, "paper": 1, "hybrid": 1, "block": 1}
 # Quantiles of Student's t for 95% intervals, by degrees of freedom.
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
@@ -257,9 +257,9 @@ class Lab:
         print(f"{self.setting}: {name}, rate {rate:g}, seed {seed}: {what}", flush=True)
         return run
 
-    def search(self, name: str, peer: Peer) -> None:
-        """The grid of an optimizer on seed 0; the best rate is written."""
-        tried = {rate: self.run(name, peer, rate, 0) for rate in peer.grid(self.regime)}
+    def search(self, name: str, peer: Peer, rates: list[float] | None = None) -> None:
+        """The grid of an optimizer on seed 0, begun with `rates` or its own; the best rate is written."""
+        tried = {rate: self.run(name, peer, rate, 0) for rate in rates or peer.grid(self.regime)}
         for _ in range(EXTENSIONS):
             best = min(tried, key=lambda rate: _loss(tried[rate]))
             if best not in (min(tried), max(tried)):
@@ -353,6 +353,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help=f"by default {STEPS}")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--methods", nargs="+", metavar="NAME")
+    parser.add_argument("--rates", nargs="+", type=float, help="that a grid begins with, instead of three of its own")
     parser.add_argument("--grid", action="store_true", help="find the rates, on seed 0")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     arguments = parser.parse_args()
@@ -363,7 +364,7 @@ def main() -> None:
     peers = choose(arguments.methods, arguments.regime)
     if arguments.grid:
         for name, peer in peers.items():
-            lab.search(name, peer)
+            lab.search(name, peer, arguments.rates)
         return
     lab.run_seeds(peers, arguments.seeds)
 

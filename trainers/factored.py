@@ -4,10 +4,10 @@ Not in the SGC paper; what it keeps is smaller still than what the paper measure
 `(M, N)`:
 
 1. Second moments as a row times a column, `M + N` numbers (Adafactor, arXiv 1804.04235), turn `G` into `U`.
-2. A few directions hold most of `U` and hide what the others say. A random sketch of `R` rows, multiplied once by `U U^T`,
-   finds an orthonormal basis `Q` of them, and rows of `Q^T U` are cut to the mean singular value of the rest. Nothing is
-   kept for it: the sketch is drawn anew at every step. Muon (momentum and all singular values made equal) does this in
-   full. Cutting singular values inside `Q` rather than rows takes a decomposition more and measured worse.
+2. A few directions hold most of `U` and hide what the others say. A random sketch of `R` rows, multiplied once by `V V^T`,
+   with `V` a quarter of `U`, finds an orthonormal basis `Q` of them, and rows of `Q^T U` are cut to the root mean square
+   of the singular values outside. Nothing is kept for it: the sketch is drawn anew at every step. Muon (momentum and all
+   singular values made equal) does this in full.
 3. A step is relative to the root mean square of its tensor, so that gains around 1 and weights around 0.02 learn with one
    rate: a tensor moves by `lr` times its root mean square over `USUAL_SCALE`.
 
@@ -31,6 +31,8 @@ SMALLEST_SCALE = 0.02
 LARGEST_VECTOR_SCALE = 1.0
 # What lies along a leading direction is cut to this multiple of the root mean square of the other singular values.
 LIMIT = 1.0
+# Runs of the longer side that a part of it is made of: where a batch used few rows, they often stand together.
+PART_RUNS = 4
 # Where the others hold next to nothing (the gradient of a few tokens), they count as this share of an even spread.
 LEAST_CROWD = 0.01
 
@@ -60,10 +62,16 @@ def normalize_factored(
     squares = gradient * gradient
     rows.lerp_(squares.mean(-1).add_(eps**2), 1.0 - beta)
     columns.lerp_(squares.mean(-2).add_(eps**2), 1.0 - beta)
-    mean = (rows.mean(-1, keepdim=True) / correction).clamp_min_(tiny)
-    by_row = (rows / (correction * mean)).clamp_min_(tiny).rsqrt_()
+    by_row = (rows / rows.mean(-1, keepdim=True).clamp_min_(tiny)).clamp_min_(tiny).rsqrt_()
     by_column = (columns / correction).clamp_min_(tiny).rsqrt_()
     return torch.mul(gradient, by_row[..., None], out=squares).mul_(by_column[..., None, :])
+
+
+def _quarter(matrices: Tensor, dim: int, part: int) -> Tensor:
+    """Every fourth run of a dimension; of a short one a quarter in one run."""
+    runs = PART_RUNS if matrices.shape[dim] >= 16 * PART_RUNS else 1
+    whole = matrices.narrow(dim, 0, matrices.shape[dim] // (4 * runs) * 4 * runs)
+    return whole.unflatten(dim, (runs, 4, -1)).select(dim + 1, part % 4).flatten(dim, dim + 1)
 
 
 def cut_directions_(update: Tensor, norms: Tensor, sketch: Tensor, part: int, limit: float = LIMIT) -> Tensor:
@@ -73,17 +81,18 @@ def cut_directions_(update: Tensor, norms: Tensor, sketch: Tensor, part: int, li
         update (`Tensor`): `(B, M, N)`, a stack of matrices.
         norms (`Tensor`): `(B)`, the Frobenius norm of each.
         sketch (`Tensor`): `(R, min(M, N))`, with `R` at most a quarter of the shorter side.
-        part (`int`): Which quarter of the longer side shows the leading directions, modulo 4. All of it would show them a
-            little better and take longer.
+        part (`int`): Which quarter of the longer side, in 4 runs, shows the leading directions, modulo 4. All of it would
+            show them a little better and take longer.
         limit (`float`, defaults to 1.0): A row of `Q^T U` ends at this multiple of the root mean square of the singular
             values outside the space of `Q`.
 
     Returns:
         `Tensor`: `(B)`, the norms that are left.
     """
-    wide = update if update.shape[1] <= update.shape[2] else update.mT
+    # Of a square matrix that is rows: a part of them is copied faster than one of columns.
+    longer = 2 if update.shape[1] < update.shape[2] else 1
+    wide, quarter = (matrices if longer == 2 else matrices.mT for matrices in (update, _quarter(update, longer, part)))
     rank, short = sketch.shape
-    quarter = wide[..., part % 4 * (wide.shape[2] // 4) :][..., : wide.shape[2] // 4]
     # Two products with a quarter tell the leading directions from the crowd. One with all of the matrix shows what they
     # hold, another shortens it.
     basis = torch.linalg.qr(quarter @ (sketch @ quarter).mT).Q

@@ -167,16 +167,14 @@ def project_basis(gradient: Tensor, kept: Tensor) -> Tensor:
         kept (`Tensor`): `(M, R)`, the basis so far.
 
     Returns:
-        `Tensor`: `(M, R)`; what was kept where the gradient is zero or has no decomposition. A basis that is still zero
-        becomes the first `R` unit vectors then.
+        `Tensor`: `(M, R)`; what was kept where the gradient is zero or has no decomposition.
     """
-    fresh = kept if bool(kept.any()) else torch.eye(*kept.shape, device=kept.device, dtype=kept.dtype)
     if not bool(gradient.any()):
-        return fresh
+        return kept
     try:
         return torch.linalg.svd(gradient, full_matrices=False).U[:, : kept.shape[1]]
     except torch.linalg.LinAlgError:
-        return fresh
+        return kept
 
 
 def decode_quality(

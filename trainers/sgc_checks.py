@@ -11,6 +11,7 @@ from torch import Tensor
 from hf_ext.errors import ConfigError
 from hf_ext.log import get_logger, warn_once
 from hf_ext.trainers.measurements import KINDS
+from hf_ext.trainers.sgc_state import basis_shape
 
 
 MODES = ("factored", "paper", "hybrid", "block")
@@ -40,14 +41,15 @@ def check_settings(group: dict[str, Any]) -> None:
     for name, least in _AT_LEAST.items():
         if name == "directions" and group[name] is None:
             continue
-        whole = isinstance(group[name], int) and not isinstance(group[name], bool)
-        check(whole and group[name] >= least, name, f"a whole number of at least {least}")
+        check(_is_count(group[name], least), name, f"a whole number of at least {least}")
+    check(group["rank"] is None or _is_count(group["rank"]), "rank", "None or a whole number of at least 1")
     check(
-        group["rank"] is None or (isinstance(group["rank"], int) and group["rank"] >= 1), "rank", "None or at least 1"
+        group["relative_step"] is None or isinstance(group["relative_step"], bool), "relative_step", "a bool or None"
     )
-    check(group["relative_step"] in (None, True, False), "relative_step", "True, False or None")
-    rate = group["lr"]
-    check(isinstance(rate, Tensor) or (_is_number(rate) and rate >= 0.0), "lr", "a number of at least 0")
+    rate = group["lr"].item() if isinstance(group["lr"], Tensor) and group["lr"].ndim == 0 else group["lr"]
+    check(
+        _is_number(rate) and rate >= 0.0, "lr", "a number of at least 0, or a tensor without dimensions that holds one"
+    )
     for name in ("eps", "weight_decay"):
         check(_is_number(group[name]) and group[name] >= 0.0, name, "a number of at least 0")
     betas = group["betas"]
@@ -56,24 +58,27 @@ def check_settings(group: dict[str, Any]) -> None:
     check(group["rank"] is None or group["mode"] == "paper", "rank", 'None unless mode="paper"')
     if group["mode"] in ("paper", "hybrid"):
         size = group["chunk_size"]
-        check(
-            size is None or (isinstance(size, int) and size >= 1), "chunk_size", "None or a whole number of at least 1"
-        )
+        check(size is None or _is_count(size), "chunk_size", "None or a whole number of at least 1")
         check(group["s"] <= group["k"], "s", f"at most k={group['k']}: no more entries than measurements")
         check(size is None or group["k"] <= size, "k", f"at most chunk_size={size}")
         _warn_if_hard(group)
     elif group["mode"] == "block":
         size = group["chunk_size"]
-        check(isinstance(size, int) and size >= 1, "chunk_size", "a whole number of at least 1")
+        check(_is_count(size), "chunk_size", "a whole number of at least 1")
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _is_count(value: Any, least: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
 def check_whole(group: dict[str, Any], parameter: Tensor, large: bool) -> None:
     """Without chunks, the size of a large tensor has to suit the measurement."""
-    entries, measured = parameter.numel(), group["mode"] in ("paper", "hybrid")
+    basis, measured = basis_shape(group, parameter), group["mode"] in ("paper", "hybrid")
+    entries = parameter.numel() // basis[0] * basis[1] if basis else parameter.numel()
     if measured and group["chunk_size"] is None and group["measurement"] == "srht" and entries & (entries - 1):
         if large:
             raise ConfigError(
@@ -94,10 +99,13 @@ def _warn_if_hard(group: dict[str, Any]) -> None:
 
 def check_parameter(parameter: Tensor) -> None:
     shape = tuple(parameter.shape)
-    if hasattr(parameter, "placements"):
+    cut = hasattr(parameter, "placements") and "a DTensor (FSDP2, tensor parallel)"
+    if getattr(parameter, "_is_flat_param", False) or getattr(parameter, "_fsdp_flattened", False):
+        cut = "flattened by FSDP"
+    if cut:
         raise ConfigError(
-            f"a parameter of shape {shape} is a DTensor, cut across ranks (FSDP2, tensor parallel); SGCAdamW needs whole "
-            "tensors: use data parallelism, or another optimizer."
+            f"a parameter of shape {shape} is {cut}, cut across ranks; SGCAdamW needs whole tensors: use data parallelism, "
+            "or another optimizer."
         )
     if parameter.is_complex():
         raise ConfigError(f"a parameter of shape {shape} is complex; view it as real numbers with torch.view_as_real.")

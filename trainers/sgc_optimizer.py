@@ -181,7 +181,7 @@ class SGCAdamW(Optimizer):
             ConfigError: a gradient is sparse.
             NonFiniteGradientError: with `on_nonfinite="raise"`. Nothing was changed.
         """
-        loss = None
+        self.seen, loss = {}, None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
@@ -220,6 +220,7 @@ class SGCAdamW(Optimizer):
                 "sgc_energy_kept": kept / total if total else 1.0,
                 "sgc_decode_residual": (unexplained / measured) ** 0.5 if measured else 0.0,
             }
+        del self._noise, self._tally
 
     def state_bytes(self) -> int:
         """Bytes of all that stays alive between steps: the state of all parameters, and matrices kept for reuse."""
@@ -241,6 +242,12 @@ class SGCAdamW(Optimizer):
                     raise CheckpointError(
                         f"the checkpoint has no {name!r}: SGCAdamW did not write it. Resume with the optimizer that did, "
                         "or start anew."
+                    )
+                if name == "checksum" and saved[name] != group[name]:
+                    raise CheckpointError(
+                        f"measurement={group['measurement']!r} draws another matrix here than the checkpoint was written "
+                        "with: another kind of processor or version of torch rounds normal numbers differently. Resume "
+                        'where it was written; measurement="srht" is the same everywhere.'
                     )
                 if saved[name] != group[name]:
                     raise CheckpointError(
@@ -383,7 +390,7 @@ class SGCAdamW(Optimizer):
         state = self._advance(group, parameter)
         gradient = self._gradient(parameter).flatten(1)
         wide = gradient if gradient.shape[0] <= gradient.shape[1] else gradient.T
-        if (int(state["step"]) - 1) % group["refresh"] == 0:
+        if (int(state["step"]) - 1) % group["refresh"] == 0 or not bool(state["basis"].any()):
             state["basis"].copy_(project_basis(wide, state["basis"]))
         inner = state["basis"].T @ wide
         decoded = self._directions(group, [_Chunked(parameter, inner, state, None)]).flatten()[: inner.numel()]
@@ -500,8 +507,14 @@ def _stacks(matrices: list[_Kept]) -> Iterator[list[_Kept]]:
         key = (matrix_shape(parameter)[1:], parameter.device, int(state["step"]))
         alike.setdefault(key, []).append((parameter, state))
     for found in alike.values():
-        most = max(1, STACK_ENTRIES // found[0][0].numel())
-        yield from (found[start : start + most] for start in range(0, len(found), most))
+        stack, filled = [], 0
+        for kept in found:
+            if stack and filled + kept[0].numel() > STACK_ENTRIES:
+                yield stack
+                stack, filled = [], 0
+            stack.append(kept)
+            filled += kept[0].numel()
+        yield stack
 
 
 def _joined(tensors: list[Tensor]) -> Tensor:
@@ -518,7 +531,8 @@ def _scale(group: dict[str, Any], parameter: Tensor, stack: int = 1) -> Tensor |
     if not group["relative_step"]:
         return None
     weights = parameter.detach().reshape(stack, -1)
-    scale = torch.linalg.vector_norm(weights, dim=1, dtype=torch.float32) / weights.shape[1] ** 0.5
+    wide = torch.promote_types(weights.dtype, torch.float32)
+    scale = torch.linalg.vector_norm(weights, dim=1, dtype=wide).float() / weights.shape[1] ** 0.5
     return scale.clamp(SMALLEST_SCALE, LARGEST_VECTOR_SCALE if is_vector(parameter) else None) / USUAL_SCALE
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 
-# That are cut where no number is given: on a wide matrix more do better, but the step may not take much longer than AdamW's.
+# Directions that are cut where no number is given. On a wide matrix more do better, but cost more of the step.
 MOST_DIRECTIONS = 16
 
 
@@ -20,16 +20,22 @@ def state_shapes(group: dict[str, Any], parameter: Tensor) -> dict[str, tuple[in
         stack, rows, columns = matrix_shape(parameter)
         return {"rows": (stack, rows)[stack == 1 :], "columns": (stack, columns)[stack == 1 :]}
     shapes: dict[str, tuple[int, ...]] = {}
-    if mode == "paper" and group["rank"] is not None and parameter.ndim > 1:
-        short, long = sorted((parameter.shape[0], entries // parameter.shape[0]))
-        rank = min(group["rank"], short)
-        shapes["basis"], entries = (short, rank), rank * long
+    if basis := basis_shape(group, parameter):
+        shapes["basis"], entries = basis, entries // basis[0] * basis[1]
     size = group["chunk_size"] or entries
     chunks, k = -(-entries // size), min(group["k"], size)
     if mode != "block":
         shapes["first"] = (chunks, k)
     shapes["second"] = (chunks, k if mode == "paper" else 1)
     return shapes
+
+
+def basis_shape(group: dict[str, Any], parameter: Tensor) -> tuple[int, int] | None:
+    """`(M, R)` of CESGC's projection, `M` the shorter side; `None` where a parameter is measured as it is."""
+    if group["mode"] != "paper" or group["rank"] is None or parameter.ndim < 2:
+        return None
+    short = min(parameter.shape[0], parameter.numel() // parameter.shape[0])
+    return short, min(group["rank"], short)
 
 
 def matrix_shape(parameter: Tensor) -> tuple[int, int, int]:

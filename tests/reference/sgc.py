@@ -193,9 +193,10 @@ class FactoredMoment:
 
 def sketched_space(update: Tensor, sketch: Tensor, part: int) -> Tensor:
     """Orthonormal columns on the shorter side, by Gram and Schmidt, of what the sketch finds in a quarter of the longer."""
-    wide = update.double() if update.shape[0] <= update.shape[1] else update.double().T
-    width = wide.shape[1] // 4
-    quarter = wide[:, [part % 4 * width + offset for offset in range(width)]]
+    wide = update.double() if update.shape[0] < update.shape[1] else update.double().T
+    runs = 4 if wide.shape[1] >= 64 else 1
+    width = wide.shape[1] // (4 * runs)
+    quarter = wide[:, [(4 * run + part % 4) * width + offset for run in range(runs) for offset in range(width)]]
     columns = []
     for column in (quarter @ (sketch.double() @ quarter).T).T:
         for _ in range(2):
@@ -210,7 +211,7 @@ def cut_directions(update: Tensor, sketch: Tensor, part: int, limit: float) -> T
 
     Those count as no less than a hundredth of an even spread.
     """
-    wide = update.double() if update.shape[0] <= update.shape[1] else update.double().T
+    wide = update.double() if update.shape[0] < update.shape[1] else update.double().T
     basis = sketched_space(update, sketch, part)
     outside = wide - basis @ basis.T @ wide
     crowd = max(float((outside**2).sum()) / (len(wide) - len(sketch)), 0.01 * float((wide**2).sum()) / len(wide))
@@ -218,4 +219,4 @@ def cut_directions(update: Tensor, sketch: Tensor, part: int, limit: float) -> T
     for direction in basis.T:
         held = direction @ wide
         cut = cut + torch.outer(direction, held) * min(1.0, limit * crowd**0.5 / float(held.norm()))
-    return cut if update.shape[0] <= update.shape[1] else cut.T
+    return cut if update.shape[0] < update.shape[1] else cut.T

@@ -247,7 +247,7 @@ def test_a_matrix_that_is_drawn_differently_today_is_noticed():
     saved = optimizer.state_dict()
     saved["param_groups"][0]["checksum"][0] += 0.5
     _, other = build("paper")
-    with pytest.raises(CheckpointError, match="checksum"):
+    with pytest.raises(CheckpointError, match="draws another matrix"):
         other.load_state_dict(saved)
 
 
@@ -298,6 +298,7 @@ WRONG = [
     ({"s": 13}, "s"),
     ({"chunk_size": 0}, "chunk_size"),
     ({"chunk_size": 1.5}, "chunk_size"),
+    ({"chunk_size": True}, "chunk_size"),
     ({"chunk_size": 48}, "chunk_size"),
     ({"mode": "adam"}, "mode"),
     ({"measurement": "sparse"}, "measurement"),
@@ -306,6 +307,7 @@ WRONG = [
     ({"residual": "all"}, "residual"),
     ({"rank": 0}, "rank"),
     ({"rank": 2.5}, "rank"),
+    ({"rank": True}, "rank"),
     ({"rank": 2, "mode": "hybrid"}, "rank"),
     ({"refresh": 0}, "refresh"),
     ({"directions": -1}, "directions"),
@@ -314,7 +316,10 @@ WRONG = [
     ({"state_dtype": "float16"}, "state_dtype"),
     ({"on_nonfinite": "ignore"}, "on_nonfinite"),
     ({"relative_step": "yes"}, "relative_step"),
+    ({"relative_step": 1}, "relative_step"),
     ({"lr": -0.1}, "lr"),
+    ({"lr": torch.tensor(-0.1)}, "lr"),
+    ({"lr": torch.tensor([0.1])}, "lr"),
     ({"lr": float("nan")}, "lr"),
     ({"eps": -1e-8}, "eps"),
     ({"weight_decay": -0.1}, "weight_decay"),
@@ -322,6 +327,7 @@ WRONG = [
     ({"betas": (-0.1, 0.9)}, "betas"),
     ({"betas": (0.9,)}, "betas"),
     ({"mode": "block", "chunk_size": None}, "chunk_size"),
+    ({"mode": "block", "chunk_size": True}, "chunk_size"),
 ]
 
 
@@ -357,6 +363,24 @@ def test_a_parameter_that_cannot_be_stepped_is_refused(case, parameter, word):
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_parameters_cut_across_ranks_are_refused(case):
+    from torch.distributed import HashStore, destroy_process_group, init_process_group
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FlatParameter
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    with pytest.raises(ConfigError, match="FSDP"):
+        SGCAdamW([FlatParameter(torch.ones(64), requires_grad=True)], **settings(case))
+    init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        shard = distribute_tensor(torch.ones(24, 40), init_device_mesh("cpu", (1,)), [Shard(0)])
+        with pytest.raises(ConfigError, match="DTensor"):
+            SGCAdamW([torch.nn.Parameter(shard)], **settings(case))
+    finally:
+        destroy_process_group()
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_a_sparse_gradient_is_refused_before_anything_moves(case):
     table = torch.nn.Embedding(24, 40, sparse=True)
     other = torch.nn.Parameter(torch.ones(24, 40))
@@ -376,6 +400,14 @@ def test_srht_needs_a_power_of_two_and_other_kinds_do_not():
         assert isinstance(optimizer.state_bytes(), int)
     with pytest.raises(ConfigError, match="chunk_size=48"):
         build("paper", chunk_size=48, measurement="srht")
+
+
+def test_without_chunks_srht_needs_a_power_of_two_of_what_is_measured():
+    whole = {"chunk_size": None, "measurement": "srht", "k": 4, "s": 4}
+    with pytest.raises(ConfigError, match="48 entries"):
+        build("projected", shapes=[(8, 16)], **whole)  # three rows of 16
+    parameters, optimizer = build("projected", shapes=[(8, 16), (12, 16)], rank=4, **whole)
+    feed(optimizer, parameters, range(2))
 
 
 def test_a_tensor_shorter_than_a_chunk_is_measured_as_a_whole_chunk():

@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 a hook point, a bench or the demo failed; 2 wrong usage, o
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 
@@ -76,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--json", metavar="FILE", help="also write the rows to FILE")
     command.add_argument("--seeds", type=int, default=3, metavar="N", help="repetitions (default: %(default)s)")
+    command.add_argument("--plot", metavar="FILE", help="also draw one method's loss against its state (sgc)")
     command.set_defaults(handler=_bench)
 
     add_commands(commands)
@@ -111,10 +113,15 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    from hf_ext.benches import available, not_finite, run_bench
+    from hf_ext.benches import available, not_finite, plot_metrics, run_bench
+    from hf_ext.benches.plot import draw, new_figure
     from hf_ext.table import to_rich, write_rows
 
     console = make_console()
+    # Before minutes of measuring, not after them.
+    metrics = plot_metrics(arguments.method or "all methods") if arguments.plot else None
+    if metrics:
+        new_figure(Path(arguments.plot))
     rows, failed = [], False
     for method in [arguments.method] if arguments.method else available():
         with make_console(stderr=True).status(f"{method}: measuring"):
@@ -127,6 +134,8 @@ def _bench(arguments: argparse.Namespace) -> int:
         if not found:
             print(f"hf-ext: the bench of {method} returned no rows", file=sys.stderr)
         failed = failed or bool(bad) or not found
+    if metrics and not failed:
+        print(f"wrote {draw(rows, *metrics, Path(arguments.plot))}")
     if arguments.json and not failed:
         print(f"wrote {write_rows(arguments.json, rows)}")
     return 1 if failed else 0

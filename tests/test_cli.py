@@ -69,6 +69,32 @@ def test_bench_fails_on_a_number_that_is_not_finite_and_writes_nothing(fake_benc
     assert list(tmp_path.iterdir()) == []
 
 
+def test_bench_draws_what_has_a_picture(monkeypatch, tmp_path, capsys):
+    rows = [Row("sgc", name, "made up", "state", 10.0**n, "kB") for n, name in enumerate("ab")]
+    rows += [Row("sgc", name, "made up", "loss above entropy", 1.0 + n, "nats", 3, 0.1) for n, name in enumerate("ab")]
+    monkeypatch.setattr(benches, "run_bench", lambda method, seeds: rows)
+    picture = tmp_path / "new" / "frontier.png"
+    assert main(["bench", "sgc", "--plot", str(picture)]) == 0
+    assert f"wrote {picture}" in capsys.readouterr().out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in picture.parent.iterdir()] == ["frontier.png"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["bench", "osd", "--plot", "a.png"], "the bench of osd has no picture; those that have one: sgc"),
+        (["bench", "--plot", "a.png"], "the bench of all methods has no picture"),
+        (["bench", "sgc", "--plot", "a.doc"], "no kind of picture ends so"),
+        (["bench", "sgc", "--plot", "frontier"], "no kind of picture ends so"),
+    ],
+)
+def test_bench_says_before_it_measures_what_it_cannot_draw(monkeypatch, capsys, words, message):
+    monkeypatch.setattr(benches, "run_bench", lambda method, seeds: pytest.fail("measured"))
+    assert main(words) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_bench_fails_when_there_are_no_rows(fake_bench, capsys):
     fake_bench([])
     assert main(["bench", "ojakv"]) == 1

@@ -507,7 +507,8 @@ def _stacks(matrices: list[_Kept]) -> Iterator[list[_Kept]]:
         key = (matrix_shape(parameter)[1:], parameter.device, int(state["step"]))
         alike.setdefault(key, []).append((parameter, state))
     for found in alike.values():
-        stack, filled = [], 0
+        stack: list[_Kept] = []
+        filled = 0
         for kept in found:
             if stack and filled + kept[0].numel() > STACK_ENTRIES:
                 yield stack

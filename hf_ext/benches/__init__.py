@@ -1,6 +1,6 @@
 """Quick comparisons, one module per method: `run(seeds) -> list[Row]`, no network, under a minute on one core.
 
-A bench prints nothing and always includes the trivial peer. The heavy comparisons are scripts in `benchmarks/`.
+A bench prints nothing and always includes the trivial peer. One whose `PLOT` names two metrics can be drawn. The heavy comparisons are scripts in `benchmarks/`.
 """
 
 import importlib
@@ -37,6 +37,21 @@ def run_bench(method: str, seeds: int = 3) -> list[Row]:
     if seeds < 1:
         raise ConfigError(f"seeds={seeds} must be at least 1.")
     return importlib.import_module(card.bench).run(seeds)
+
+
+def plot_metrics(method: str) -> tuple[str, str]:
+    """Metrics of the two axes of a bench's picture.
+
+    Raises:
+        ConfigError: the bench has no picture.
+    """
+    found: dict[str, tuple[str, str]] = {}
+    for name, card in METHODS.items():
+        metrics = getattr(importlib.import_module(card.bench), "PLOT", None) if card.bench else None
+        found |= {name: metrics} if metrics else {}
+    if method not in found:
+        raise ConfigError(f"the bench of {method} has no picture; those that have one: {', '.join(found)}.")
+    return found[method]
 
 
 def not_finite(rows: list[Row]) -> list[Row]:

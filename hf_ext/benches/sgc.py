@@ -28,6 +28,7 @@ from hf_ext.tiny import tiny_model
 from hf_ext.trainers.sgc_optimizer import SGCAdamW
 
 
+PLOT = ("state", "loss above entropy")
 STEPS, BATCH, HELD_OUT, WARM_UP = 100, 16, 64, 10
 DECAY = 0.01
 # The model's matrices have a few thousand entries, so that a chunk is smaller than by default.

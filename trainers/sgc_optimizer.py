@@ -44,7 +44,7 @@ from hf_ext.trainers.sgc_state import directions_cut, is_vector, keeps_adamw, ma
 
 
 FORMAT_VERSION = 1
-# Chunks are worked on in pieces of about this many entries, which bounds the temporary memory of a step.
+# Chunks are worked on in pieces of about this many entries, which bounds the temporary memory of their modes.
 BUCKET_ENTRIES = 1 << 22
 # And matrices of one shape in stacks of about this many, which a processor's cache holds.
 STACK_ENTRIES = 1 << 20
@@ -199,10 +199,10 @@ class SGCAdamW(Optimizer):
         steps = [int(self.state[p]["step"]) for parameters in ready for p in parameters if self.state[p]]
         self._noise = torch.Generator().manual_seed(self.defaults["seed"] + max(steps, default=0))
         for group, parameters in zip(self.param_groups, ready, strict=True):
-            large, matrices = [], []
+            large, matrices, small = [], [], []
             for parameter in parameters:
                 if keeps_adamw(group, parameter):
-                    self._update_small(group, parameter)
+                    small.append((parameter, self._advance(group, parameter)))
                 elif group["mode"] == "factored":
                     matrices.append((parameter, self._advance(group, parameter)))
                 elif group["rank"] is not None and parameter.ndim > 1:
@@ -210,6 +210,7 @@ class SGCAdamW(Optimizer):
                 else:
                     state, scale = self._advance(group, parameter), _scale(group, parameter)
                     large.append(_Chunked(parameter, self._gradient(parameter), state, scale))
+            self._update_small(group, small)
             for stack in _stacks(matrices):
                 self._update_factored(group, stack)
             self._update_chunks(group, large)
@@ -354,15 +355,22 @@ class SGCAdamW(Optimizer):
         for name, value in values.items():
             _round_into(state[name], value, self._noise)
 
-    def _update_small(self, group: dict[str, Any], parameter: Tensor) -> None:
-        state = self._advance(group, parameter)
-        at, gradient = _moments(group, state), self._gradient(parameter)
-        first, second = state["first"].float(), state["second"].float()
-        first.lerp_(gradient, 1.0 - at.beta1)
-        second.lerp_(gradient.square(), 1.0 - at.beta2)
-        spread = (second / at.correction2).sqrt_().add_(at.eps)
-        _move(group, parameter, (first / at.correction1).div_(spread), _scale(group, parameter))
-        self._store(state, first=first, second=second)
+    def _update_small(self, group: dict[str, Any], small: list[_Kept]) -> None:
+        if not small:
+            return
+        at = [_moments(group, state) for _, state in small]
+        gradients = [self._gradient(parameter) for parameter, _ in small]
+        firsts, seconds = ([state[name].float() for _, state in small] for name in ("first", "second"))
+        torch._foreach_lerp_(firsts, gradients, 1.0 - at[0].beta1)
+        torch._foreach_lerp_(seconds, torch._foreach_mul(gradients, gradients), 1.0 - at[0].beta2)
+        spreads = torch._foreach_div(seconds, [moments.correction2 for moments in at])
+        torch._foreach_sqrt_(spreads)
+        torch._foreach_add_(spreads, group["eps"])
+        directions = torch._foreach_div(firsts, [moments.correction1 for moments in at])
+        torch._foreach_div_(directions, spreads)
+        for (parameter, state), direction, first, second in zip(small, directions, firsts, seconds, strict=True):
+            _move(group, parameter, direction, _scale(group, parameter))
+            self._store(state, first=first, second=second)
 
     def _update_factored(self, group: dict[str, Any], stack: list[_Kept]) -> None:
         parameters, states = zip(*stack, strict=True)

@@ -43,28 +43,34 @@ def sketch_matrix(rank: int, short: int, seed: int) -> Tensor:
 
 
 def normalize_factored(
-    gradient: Tensor, rows: Tensor, columns: Tensor, beta: float, correction: float, eps: float = 1e-8
+    gradients: list[Tensor], rows: Tensor, columns: Tensor, beta: float, correction: float, eps: float = 1e-8
 ) -> Tensor:
-    """Divide a gradient by the root of its factored second moment.
+    """Divide gradients by the root of their factored second moment.
 
     Args:
-        gradient (`Tensor`): `(..., M, N)`, float32: a matrix, or a stack of them.
-        rows (`Tensor`): `(..., M)`, moving average of the mean squares of rows; updated in place.
-        columns (`Tensor`): `(..., N)`, the same of columns.
+        gradients (`list[Tensor]`): `(b, M, N)` each, float32: stacks of matrices, `B` in all.
+        rows (`Tensor`): `(B, M)`, moving average of the mean squares of rows; updated in place.
+        columns (`Tensor`): `(B, N)`, the same of columns.
         beta (`float`): Of the averages.
         correction (`float`): `1 - beta ** step`.
         eps (`float`, defaults to 1e-8): Its square is added to mean squares: smaller entries make smaller steps.
 
     Returns:
-        `Tensor`: `(..., M, N)`
+        `Tensor`: `(B, M, N)`
     """
     tiny = torch.finfo(torch.float32).tiny
-    squares = gradient * gradient
+    counts = [len(gradient) for gradient in gradients]
+    squares = gradients[0].new_empty(sum(counts), *gradients[0].shape[1:])
+    for gradient, out in zip(gradients, squares.split(counts), strict=True):
+        torch.mul(gradient, gradient, out=out)
     rows.lerp_(squares.mean(-1).add_(eps**2), 1.0 - beta)
     columns.lerp_(squares.mean(-2).add_(eps**2), 1.0 - beta)
     by_row = (rows / rows.mean(-1, keepdim=True).clamp_min_(tiny)).clamp_min_(tiny).rsqrt_()
     by_column = (columns / correction).clamp_min_(tiny).rsqrt_()
-    return torch.mul(gradient, by_row[..., None], out=squares).mul_(by_column[..., None, :])
+    pieces = zip(gradients, by_row[..., None].split(counts), squares.split(counts), strict=True)
+    for gradient, factor, out in pieces:
+        torch.mul(gradient, factor, out=out)
+    return squares.mul_(by_column[:, None])
 
 
 def _quarter(matrices: Tensor, dim: int, part: int) -> Tensor:
@@ -95,7 +101,7 @@ def cut_directions_(update: Tensor, norms: Tensor, sketch: Tensor, part: int, li
     rank, short = sketch.shape
     # Two products with a quarter tell the leading directions from the crowd. One with all of the matrix shows what they
     # hold, another shortens it.
-    basis = torch.linalg.qr(quarter @ (sketch @ quarter).mT).Q
+    basis = torch.linalg.qr((sketch @ quarter @ quarter.mT).mT).Q
     seen = basis.mT @ wide
     lengths = torch.linalg.vector_norm(seen, dim=-1)
     energy, found = norms.square(), lengths.square()

@@ -87,7 +87,7 @@ class SGCAdamW(Optimizer):
         refresh (`int`, defaults to 200): Steps between two projections of CESGC.
         directions (`int`, *optional*):
             Leading directions that `"factored"` cuts, at most a quarter of a matrix's shorter side; 0 cuts none, `None` a
-            sixteenth of that side, at most 16. More do better on wide matrices and cost more of the step.
+            thirty-second of that side, at most 16. More do better on wide matrices and cost more of the step.
         relative_step (`bool`, *optional*):
             Whether steps are proportional to each tensor's root mean square (at least 0.02, for vectors at most 1); `None`
             means with `mode="factored"` alone.
@@ -375,10 +375,10 @@ class SGCAdamW(Optimizer):
     def _update_factored(self, group: dict[str, Any], stack: list[_Kept]) -> None:
         parameters, states = zip(*stack, strict=True)
         at, shape = _moments(group, states[0]), matrix_shape(parameters[0])[1:]
-        gradient = _joined([self._gradient(p).reshape(-1, *shape) for p in parameters])
+        gradients = [self._gradient(p).reshape(-1, *shape) for p in parameters]
         rows = _joined([state["rows"].float().view(-1, shape[0]) for state in states])
         columns = _joined([state["columns"].float().view(-1, shape[1]) for state in states])
-        update = normalize_factored(gradient, rows, columns, at.beta2, at.correction2, at.eps)
+        update = normalize_factored(gradients, rows, columns, at.beta2, at.correction2, at.eps)
         norms = after = torch.linalg.vector_norm(update.flatten(1), dim=1)
         if rank := directions_cut(group, shape):
             sketch = self._sketch(rank, min(shape), group["seed"] + at.step, update.device)

@@ -28,11 +28,11 @@ def cut(update, sketch, limit=LIMIT, part=1):
 
 
 def run_normalize(gradients, beta=BETA, eps=1e-8):
-    rows, columns = torch.zeros(gradients[0].shape[0]), torch.zeros(gradients[0].shape[1])
+    rows, columns = torch.zeros(1, gradients[0].shape[0]), torch.zeros(1, gradients[0].shape[1])
     found = []
     for step, gradient in enumerate(gradients, start=1):
-        found.append(normalize_factored(gradient, rows, columns, beta, 1 - beta**step, eps))
-    return found, rows, columns
+        found.append(normalize_factored([gradient[None]], rows, columns, beta, 1 - beta**step, eps)[0])
+    return found, rows[0], columns[0]
 
 
 @pytest.mark.parametrize("shape", [(5, 7), (1, 4), (4, 1), (8, 3)])

@@ -50,6 +50,7 @@ PAGES = {
     "docs/methods/sgc.md": (
         "optimizer_quality_scratch_1m",
         "optimizer_quality_finetune_1m",
+        "optimizer_quality_scratch_10m",
         "optimizer_quality_finetune_10m",
         "optimizer_ablation_finetune_1m",
         "optimizer_smollm2",
@@ -57,6 +58,7 @@ PAGES = {
         "optimizer_resume",
         "optimizer_grid_scratch_1m",
         "optimizer_grid_finetune_1m",
+        "optimizer_grid_scratch_10m",
         "optimizer_grid_finetune_10m",
         "optimizer_ablation_grid_finetune_1m",
     ),
@@ -77,6 +79,8 @@ COMMANDS = {
     "optimizer_grid_scratch_1m": "optimizer_quality.py --regime scratch --steps 1500 --grid",
     "optimizer_quality_finetune_1m": "optimizer_quality.py --regime finetune --steps 300 --seeds 0 1 2 3 4",
     "optimizer_quality_finetune_10m": "optimizer_quality.py --size 10m --regime finetune --steps 300 --seeds 0",
+    "optimizer_grid_scratch_10m": "optimizer_quality.py --size 10m --regime scratch --steps 1500 --grid",
+    "optimizer_quality_scratch_10m": "optimizer_quality.py --size 10m --regime scratch --steps 1500 --seeds 0",
     "optimizer_quality_scratch_1m": "optimizer_quality.py --regime scratch --steps 1500 --seeds 0 1 2 3 4",
     "kv_quality_low": "kv_quality.py --documents 2 --needles 0 --ratios 0.28 0.14 --systems hybridkv ojakv 'int4 per token' "
     "'pca post-rope' snapkv 'snapkv + int8' streamingllm --out benchmarks/results/kv_quality_low.json",

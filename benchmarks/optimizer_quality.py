@@ -65,7 +65,7 @@ BASE_STEPS, BASE_BATCH, BASE_RATE = 1000, 4, 3e-3
 EXTENSIONS = 4
 _VERSION = "v1"  # part of the folder's name: raise it when training of the base model changes
 # Of the modes of `SGCAdamW`: raise one when it computes something else, and its runs of before count no more.
-ARITHMETIC = {"factored": 5, "paper": 1, "hybrid": 1, "block": 1}
+ARITHMETIC = {"factored": 6, "paper": 1, "hybrid": 1, "block": 1}
 # Quantiles of Student's t for 95% intervals, by degrees of freedom.
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 

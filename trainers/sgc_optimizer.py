@@ -87,7 +87,7 @@ class SGCAdamW(Optimizer):
         refresh (`int`, defaults to 200): Steps between two projections of CESGC.
         directions (`int`, *optional*):
             Leading directions that `"factored"` cuts, at most a quarter of a matrix's shorter side; 0 cuts none, `None` a
-            thirty-second of that side, at most 16. More do better on wide matrices and cost more of the step.
+            sixteenth of that side, at most 16. More do better on wide matrices and cost more of the step.
         relative_step (`bool`, *optional*):
             Whether steps are proportional to each tensor's root mean square (at least 0.02, for vectors at most 1); `None`
             means with `mode="factored"` alone.

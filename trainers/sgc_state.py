@@ -67,5 +67,5 @@ def directions_cut(group: dict[str, Any], shape: tuple[int, int]) -> int:
     """
     short, long = sorted(shape)
     wanted = group["directions"]
-    rank = min(short // 32, MOST_DIRECTIONS) if wanted is None else min(wanted, short // 4)
+    rank = min(short // 16, MOST_DIRECTIONS) if wanted is None else min(wanted, short // 4)
     return rank if long < 16 * short else 0

@@ -124,7 +124,7 @@ class SGCConfig(SGCConfigMixin, TrainingArguments):
         rank (`int`, *optional*): Of CESGC's projection, with `mode="paper"`.
         refresh (`int`, defaults to 200): Steps between two projections.
         directions (`int`, *optional*):
-            Leading directions that `"factored"` cuts; `None` a thirty-second of a matrix's shorter side, at most 16.
+            Leading directions that `"factored"` cuts; `None` a sixteenth of a matrix's shorter side, at most 16.
         relative_step (`bool`, *optional*): Whether steps follow the weights' scale; `None` means with `"factored"` alone.
         min_numel (`int`, defaults to 4096): With chunks, smaller tensors keep AdamW's state.
         sketch_seed (`int`, defaults to 0): Of measurements and sketches; independent of `seed`.

@@ -1,4 +1,4 @@
-"""The default of `SGCAdamW`: factored second moments, sketched singular directions, steps relative to the weights.
+"""The default of `SGCAdamW`: factored second moments, leading directions cut, steps relative to the weights.
 
 Not in the SGC paper; what it keeps is smaller still than what the paper measures. Three parts, for a gradient `G` of
 `(M, N)`:
@@ -11,8 +11,7 @@ Not in the SGC paper; what it keeps is smaller still than what the paper measure
 3. A step is relative to the root mean square of its tensor, so that gains around 1 and weights around 0.02 learn with one
    rate: a tensor moves by `lr` times its root mean square over `USUAL_SCALE`.
 
-There is no momentum for matrices: it costs a number a weight, and brought a hundredth of a nat or nothing where it was
-measured (`benchmarks/optimizer_ablation.py`).
+There is no momentum for matrices, which costs a number a weight; `benchmarks/optimizer_ablation.py` measures what it would bring.
 """
 
 from __future__ import annotations

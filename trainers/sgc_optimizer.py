@@ -87,7 +87,7 @@ class SGCAdamW(Optimizer):
         refresh (`int`, defaults to 200): Steps between two projections of CESGC.
         directions (`int`, *optional*):
             Leading directions that `"factored"` cuts, at most a quarter of a matrix's shorter side; 0 cuts none, `None` a
-            sixteenth of that side, at most 16. More do better on wide matrices and cost more of the step.
+            sixteenth of that side, at most 16. More cost more of the step.
         relative_step (`bool`, *optional*):
             Whether steps are proportional to each tensor's root mean square (at least 0.02, for vectors at most 1); `None`
             means with `mode="factored"` alone.
@@ -385,7 +385,7 @@ class SGCAdamW(Optimizer):
             after = cut_directions_(update, norms, sketch, at.step)
         # What was cut off is given to the other directions. As in Adafactor, more than one unit is brought back to one.
         factors = norms.clamp_max((shape[0] * shape[1]) ** 0.5) / after.clamp_min(torch.finfo(torch.float32).tiny)
-        counts = [matrix_shape(p)[0] for p in parameters]
+        counts = [len(gradient) for gradient in gradients]
         pieces = (tensor.split(counts) for tensor in (update, factors, rows, columns))
         for (parameter, state), matrices, factor, row, column in zip(stack, *pieces, strict=True):
             scale = _scale(group, parameter, len(matrices))

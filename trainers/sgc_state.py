@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 
-# Directions that are cut where no number is given. On a wide matrix more do better, but cost more of the step.
+# Directions that are cut where no number is given. More cost more of the step.
 MOST_DIRECTIONS = 16
 
 

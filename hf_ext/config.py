@@ -107,18 +107,22 @@ class MethodConfig:
             raise ConfigError(f"{path} is not valid JSON: {error}.") from None
         return cls.from_dict(data)
 
+    @classmethod
+    def field_types(cls) -> dict[str, Any]:
+        """Types by name of the fields we declare: those a host library's class declares are checked by that library."""
+        if cls not in cls._hints:
+            ours = [base for base in reversed(cls.__mro__) if issubclass(base, MethodConfig)]
+            cls._hints[cls] = {
+                name: hint for base in ours for name, hint in inspect.get_annotations(base, eval_str=True).items()
+            }
+        return cls._hints[cls]
+
     def _check_types(self) -> None:
-        cls = type(self)
-        if cls not in self._hints:
-            self._hints[cls] = typing.get_type_hints(cls)
-        # Fields inherited from a host library's class are checked, and some converted, by that library.
-        ours = {
-            name for base in cls.__mro__ if issubclass(base, MethodConfig) for name in inspect.get_annotations(base)
-        }
+        hints = self.field_types()
         for field in dataclasses.fields(self):
-            if field.name not in ours:
+            if field.name not in hints:
                 continue
-            hint = self._hints[cls][field.name]
+            hint = hints[field.name]
             value = getattr(self, field.name)
             self.check(_fits(value, hint), field.name, f"must be {_describe(hint)}")
             if isinstance(value, float):

@@ -29,6 +29,10 @@ class BlobError(HfExtError, ValueError):
     """Bytes are not a delta this version can read: foreign, truncated, damaged or of a later format."""
 
 
+class DataError(HfExtError, ValueError):
+    """Rows, columns or features a method cannot work on; the message names them."""
+
+
 class MissingPackageError(HfExtError, ImportError):
     """An optional package is not installed; the message says which and how to install it."""
 

@@ -1,0 +1,1 @@
+"""Methods on datasets, no language model needed."""

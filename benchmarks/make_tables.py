@@ -62,6 +62,8 @@ PAGES = {
         "optimizer_grid_finetune_10m",
         "optimizer_ablation_grid_finetune_1m",
     ),
+    "docs/methods/tccm.md": ("anomaly_quality", "anomaly_tables", "anomaly_speed", "anomaly_explain"),
+    "docs/methods/medix.md": ("ood_images", "ood_text", "ood_digits", "ood_exact"),
 }
 # What writes the results that are not simply those of the script of their name.
 COMMANDS = {
@@ -73,6 +75,12 @@ COMMANDS = {
     "end_to_end_float32": "end_to_end.py --dtypes float32 --out benchmarks/results/end_to_end_float32.json",
     "optimizer_ablation_finetune_1m": "optimizer_ablation.py --seeds 0",
     "optimizer_ablation_grid_finetune_1m": "optimizer_ablation.py --seeds 0",
+    "anomaly_quality": "anomaly_quality.py --tables DIR",
+    "anomaly_tables": "anomaly_quality.py --tables DIR",
+    "ood_digits": "ood_quality.py --data digits",
+    "ood_exact": "ood_quality.py",
+    "ood_images": "ood_quality.py --data images --features DIR",
+    "ood_text": "ood_quality.py --data text",
     "optimizer_smollm2": "optimizer_smollm2.py --seeds 0",
     "optimizer_grid_finetune_1m": "optimizer_quality.py --regime finetune --steps 300 --grid",
     "optimizer_grid_finetune_10m": "optimizer_quality.py --size 10m --regime finetune --steps 300 --grid",
@@ -86,8 +94,16 @@ COMMANDS = {
     "'pca post-rope' snapkv 'snapkv + int8' streamingllm --out benchmarks/results/kv_quality_low.json",
 }
 # Systems whose name begins so are ours; all others are peers, and so is the form a paper published.
-OURS = ("packed", "ojakv", "sentencekv", "hybridkv", "osd", "sgc")
-PUBLISHED = ("sentencekv paper", "osd, paper mode", "sgc, paper known", "sgc, paper omp", "sgc, paper rank 8")
+OURS = ("packed", "ojakv", "sentencekv", "hybridkv", "osd", "sgc", "tccm", "medix")
+PUBLISHED = (
+    "sentencekv paper",
+    "osd, paper mode",
+    "sgc, paper known",
+    "sgc, paper omp",
+    "sgc, paper rank 8",
+    "tccm paper",
+    "medix paper",
+)
 # Neither ours nor peers: they read every key to choose, or store every number.
 DENSE, BOUNDS = "dense", ("oracle", "exact")
 # The end of a setting that is a budget, and so belongs to the system: peers of a fixed size have none.
@@ -140,7 +156,7 @@ def command(file: str) -> str:
 
 
 def is_ours(row: Row) -> bool:
-    return row.system.startswith(OURS) and row.system not in PUBLISHED
+    return row.system.startswith(OURS) and not row.system.startswith(PUBLISHED)
 
 
 def is_peer(row: Row) -> bool:

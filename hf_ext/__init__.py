@@ -19,13 +19,20 @@ _EXPORTS = {
     "CacheStateError": "hf_ext.errors",
     "CheckpointError": "hf_ext.errors",
     "ConfigError": "hf_ext.errors",
+    "DataError": "hf_ext.errors",
     "DeltaError": "hf_ext.errors",
     "HfExtError": "hf_ext.errors",
     "HubError": "hf_ext.errors",
     "HybridKVCache": "hf_ext.cache_impls.hybridkv",
     "HybridKVConfig": "hf_ext.cache_impls.hybridkv",
+    "MedixConfig": "hf_ext.pipelines.medix",
+    "MedixFilter": "hf_ext.pipelines.medix",
     "MissingPackageError": "hf_ext.errors",
     "NonFiniteGradientError": "hf_ext.errors",
+    "OODConfig": "hf_ext.pipelines.ood_model",
+    "OODModel": "hf_ext.pipelines.ood_model",
+    "OODTrainer": "hf_ext.pipelines.ood_trainer",
+    "OODTrainingArguments": "hf_ext.pipelines.ood_trainer",
     "OSDArtifact": "hf_ext.merging.osd_artifact",
     "OSDConfig": "hf_ext.merging.osd_config",
     "OjaKVCache": "hf_ext.cache_impls.ojakv",
@@ -38,9 +45,14 @@ _EXPORTS = {
     "SGCTrainer": "hf_ext.trainers.sgc_trainer",
     "SentenceKVCache": "hf_ext.cache_impls.sentencekv",
     "SentenceKVConfig": "hf_ext.cache_impls.sentencekv",
+    "TCCMConfig": "hf_ext.pipelines.tccm",
+    "TCCMDetector": "hf_ext.pipelines.tccm_detector",
+    "TCCMModel": "hf_ext.pipelines.tccm",
+    "TCCMPipeline": "hf_ext.pipelines.tccm_pipeline",
     "UnsupportedModelError": "hf_ext.errors",
     "compress_delta": "hf_ext.merging.compress",
     "load_adapter": "hf_ext.merging.adapters",
+    "ood_metrics": "hf_ext.pipelines.ood_metrics",
     "pull_artifact": "hf_ext.hub_tools.push",
     "push_artifact": "hf_ext.hub_tools.push",
     "register": "hf_ext.registration",
@@ -66,6 +78,7 @@ if TYPE_CHECKING:
     from hf_ext.errors import CacheStateError as CacheStateError
     from hf_ext.errors import CheckpointError as CheckpointError
     from hf_ext.errors import ConfigError as ConfigError
+    from hf_ext.errors import DataError as DataError
     from hf_ext.errors import DeltaError as DeltaError
     from hf_ext.errors import HfExtError as HfExtError
     from hf_ext.errors import HubError as HubError
@@ -79,6 +92,17 @@ if TYPE_CHECKING:
     from hf_ext.merging.osd_artifact import OSDArtifact as OSDArtifact
     from hf_ext.merging.osd_artifact import restore as restore
     from hf_ext.merging.osd_config import OSDConfig as OSDConfig
+    from hf_ext.pipelines.medix import MedixConfig as MedixConfig
+    from hf_ext.pipelines.medix import MedixFilter as MedixFilter
+    from hf_ext.pipelines.ood_metrics import ood_metrics as ood_metrics
+    from hf_ext.pipelines.ood_model import OODConfig as OODConfig
+    from hf_ext.pipelines.ood_model import OODModel as OODModel
+    from hf_ext.pipelines.ood_trainer import OODTrainer as OODTrainer
+    from hf_ext.pipelines.ood_trainer import OODTrainingArguments as OODTrainingArguments
+    from hf_ext.pipelines.tccm import TCCMConfig as TCCMConfig
+    from hf_ext.pipelines.tccm import TCCMModel as TCCMModel
+    from hf_ext.pipelines.tccm_detector import TCCMDetector as TCCMDetector
+    from hf_ext.pipelines.tccm_pipeline import TCCMPipeline as TCCMPipeline
     from hf_ext.registration import register as register
     from hf_ext.registration import registered as registered
     from hf_ext.registration import unregister as unregister

@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     from hf_ext import __version__
     from hf_ext.cli_delta import add_commands
+    from hf_ext.cli_detect import add_command
 
     parser = argparse.ArgumentParser(
         prog="hf-ext", description="Research methods as plugins for the Hugging Face libraries."
@@ -81,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(handler=_bench)
 
     add_commands(commands)
+    add_command(commands)
 
     command = commands.add_parser("env", help="versions and hook-point check, for bug reports")
     command.set_defaults(handler=_env)

@@ -38,12 +38,13 @@ _undo_peft: list[Callable[[], None]] = []
 
 
 def register() -> None:
-    """Makes our caches valid values of `cache_implementation`, everywhere transformers accepts one, and `OSD` a PEFT type.
+    """Makes our caches valid values of `cache_implementation`, `OSD` a PEFT type, and our models known to `AutoModel`.
 
     Repeating it changes nothing. After it, `generate(cache_implementation="ojakv", cache_config={...})`,
     `GenerationConfig(cache_implementation="ojakv")`, pipelines and PEFT-wrapped models build our caches, and a cache of
     ours passed as `past_key_values` attends in its own storage. A saved generation config never carries our names. Where
-    PEFT is installed, it is imported, and `PeftModel.from_pretrained` opens OSD adapters.
+    PEFT is installed, it is imported, and `PeftModel.from_pretrained` opens OSD adapters. `AutoModel` opens saved `TCCMModel`s
+    and `OODModel`s, and `pipeline("tabular-anomaly-detection")` and `pipeline("ood-classification")` run them.
 
     Raises:
         `RuntimeError`: the installed transformers lacks a hook point (`hf-ext env` lists them), or PEFT has a method `OSD`
@@ -73,6 +74,7 @@ def register() -> None:
     )
     _replace(GenerationConfig, "to_json_file", _without_our_names(GenerationConfig.to_json_file))
     register_attention()
+    _register_models()
     if importlib.util.find_spec("peft") is not None:
         try:
             register_peft()
@@ -82,6 +84,19 @@ def register() -> None:
             while _undo:
                 _undo.pop()()
             raise
+
+
+def _register_models() -> None:
+    """Our models become known to `AutoModel` and `pipeline`; what cannot be registered leaves nothing behind."""
+    from hf_ext.pipelines.hosts import register_models, unregister_models
+
+    _undo.append(unregister_models)
+    try:
+        register_models()
+    except BaseException:
+        while _undo:
+            _undo.pop()()
+        raise
 
 
 def register_peft() -> None:

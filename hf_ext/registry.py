@@ -131,9 +131,25 @@ METHODS = build_table(
         bench="hf_ext.benches.osd",
     ),
     MethodCard("rmm", "Reversible merging of low-rank weights", "2510.14163", "merging", "several adapters, PEFT"),
-    MethodCard("tccm", "Contraction matching for tabular anomalies", "2510.18328", "pipelines", "datasets.Dataset"),
     MethodCard(
-        "medix", "Median filtering of wild data for OOD detection", "2510.06505", "pipelines", "Trainer, Dataset"
+        "tccm",
+        "Contraction matching for tabular anomalies",
+        "2510.18328",
+        "pipelines",
+        "datasets.Dataset, scikit-learn",
+        config="hf_ext.pipelines.tccm:TCCMConfig",
+        entry="hf_ext.pipelines.tccm:TCCMModel",
+        bench="hf_ext.benches.tccm",
+    ),
+    MethodCard(
+        "medix",
+        "Median filtering of wild data for OOD detection",
+        "2510.06505",
+        "pipelines",
+        "Trainer, Dataset",
+        config="hf_ext.pipelines.medix:MedixConfig",
+        entry="hf_ext.pipelines.medix:MedixFilter",
+        bench="hf_ext.benches.medix",
     ),
     MethodCard(
         "measurements", "Data measurements for choosing sellers", "2406.04257", "pipelines", "datasets.Dataset"

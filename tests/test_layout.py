@@ -15,7 +15,7 @@ except ModuleNotFoundError:  # Python 3.10
 ROOT = Path(__file__).resolve().parent.parent
 AREAS = ("cache_impls", "trainers", "merging", "hub_tools")
 # Run by people, not imported by other code: these may print, and may import everything.
-FRONT = ("hf_ext/cli.py", "hf_ext/cli_delta.py", "hf_ext/demo.py", "hf_ext/demo_delta.py")
+FRONT = ("hf_ext/cli.py", "hf_ext/cli_delta.py", "hf_ext/cli_detect.py", "hf_ext/demo.py", "hf_ext/demo_delta.py")
 SKIPPED_FOLDERS = {"build", "dist", "site", "demo"}
 HOSTS = {"transformers", "peft", "accelerate", "datasets"}
 # Core files whose job is another library's objects, so that they import it at the top.

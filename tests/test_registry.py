@@ -75,7 +75,9 @@ def test_a_row_needs_a_known_area():
 @available()
 def test_default_config_survives_json(card):
     config = load(card.config)()
-    assert type(config).from_dict(json.loads(json.dumps(config.to_dict())), strict=True) == config
+    again = type(config).from_dict(json.loads(json.dumps(config.to_dict())), strict=True)
+    assert type(again) is type(config)
+    assert again.to_dict() == config.to_dict()
 
 
 @available()
@@ -84,7 +86,10 @@ def test_config_survives_a_folder(card, tmp_path):
     with hf_ext.registered():
         config = load(card.config)()
         config.save_pretrained(tmp_path)
-        assert type(config).from_pretrained(tmp_path) == config
+        again = type(config).from_pretrained(tmp_path)
+        assert type(again) is type(config)
+        # transformers fills in where a config was read from; that is no setting of ours.
+        assert again.to_dict() | {"architectures": None} == config.to_dict() | {"architectures": None}
 
 
 def _fields():
@@ -108,7 +113,7 @@ def own_fields(cls):
 @pytest.mark.parametrize(("card", "field"), _fields())
 def test_a_bad_value_is_refused_and_the_field_named(card, field):
     cls = load(card.config)
-    hint = typing.get_type_hints(cls)[field]
+    hint = cls.field_types()[field]
     options = set(typing.get_args(hint)) or {hint}
     bad = [["not", "a mapping"] if dict in map(typing.get_origin, options) else {"not": "a plain value"}]
     if options & {int, float}:

@@ -25,24 +25,13 @@ import torch
 from anomaly_peers import SYSTEMS, standardise
 from tqdm.auto import tqdm
 
+from hf_ext.benches.tccm import packaged_tables
 from hf_ext.config import write_text_atomic
 from hf_ext.table import Row, write_rows
 
 
 # Raise it when the default's arithmetic changes: its older runs are then run again.
 ARITHMETIC = {"tccm": 1}
-
-
-def packaged() -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Tables that come with scikit-learn."""
-    from sklearn.datasets import load_breast_cancer, load_digits, load_wine
-
-    cancer, wine, digits = load_breast_cancer(), load_wine(), load_digits()
-    return {
-        "breast cancer": (cancer.data, 1 - cancer.target),
-        "wine": (wine.data, (wine.target == 2).astype(int)),
-        "digits": (digits.data, (digits.target == 9).astype(int)),
-    }
 
 
 def folder(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -141,7 +130,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     if arguments.tables is None:
         print("no --tables: the packaged tables of scikit-learn stand in")
-    tables = folder(arguments.tables) if arguments.tables else packaged()
+    tables = folder(arguments.tables) if arguments.tables else packaged_tables()
     kept = arguments.out / "runs" / "anomaly_quality.json"
     runs = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
     todo = [

@@ -63,7 +63,7 @@ PAGES = {
         "optimizer_ablation_grid_finetune_1m",
     ),
     "docs/methods/tccm.md": ("anomaly_quality", "anomaly_tables", "anomaly_speed", "anomaly_explain"),
-    "docs/methods/medix.md": ("ood_images", "ood_text", "ood_digits", "ood_exact"),
+    "docs/methods/medix.md": ("ood_quality",),
 }
 # What writes the results that are not simply those of the script of their name.
 COMMANDS = {
@@ -77,10 +77,7 @@ COMMANDS = {
     "optimizer_ablation_grid_finetune_1m": "optimizer_ablation.py --seeds 0",
     "anomaly_quality": "anomaly_quality.py --tables DIR",
     "anomaly_tables": "anomaly_quality.py --tables DIR",
-    "ood_digits": "ood_quality.py --data digits",
-    "ood_exact": "ood_quality.py",
-    "ood_images": "ood_quality.py --data images --features DIR",
-    "ood_text": "ood_quality.py --data text",
+    "ood_quality": "ood_quality.py --features DIR",
     "optimizer_smollm2": "optimizer_smollm2.py --seeds 0",
     "optimizer_grid_finetune_1m": "optimizer_quality.py --regime finetune --steps 300 --grid",
     "optimizer_grid_finetune_10m": "optimizer_quality.py --size 10m --regime finetune --steps 300 --grid",

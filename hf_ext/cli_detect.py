@@ -163,7 +163,7 @@ def _csv_settings(path: Path) -> dict[str, Any]:
 
 def _refuse_settings(arguments: argparse.Namespace) -> None:
     """Settings of a fit have no effect on a detector that is fitted already."""
-    usual = {
+    usual: dict[str, Any] = {
         "columns": None,
         "exclude": [],
         "categories": [],

@@ -35,7 +35,7 @@ def run(seeds: int = 3) -> list[Row]:
     found: dict[tuple[str, str], list[float]] = {}
     for seed in range(seeds):
         values: dict[tuple[str, str], list[float]] = {}
-        for X, y in _tables().values():
+        for X, y in packaged_tables().values():
             train, test, truth = _split(X, y, seed)
             for name, score in _systems(train, seed).items():
                 scores = score(test)
@@ -57,7 +57,8 @@ def run(seeds: int = 3) -> list[Row]:
     ]
 
 
-def _tables() -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def packaged_tables() -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Rows and what is an anomaly among them, of three tables that come with scikit-learn."""
     from sklearn.datasets import load_breast_cancer, load_digits, load_wine
 
     cancer, wine, digits = load_breast_cancer(), load_wine(), load_digits()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 
-GROUP = 16
+GROUP = 64
 
 
 def nearest(rows: Tensor, references: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,7 @@ Shapes: n rows, d features, C classes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -234,8 +235,7 @@ class Combined(PostHocScore):
     """Fisher's combination of `Energy` and `Mahalanobis` with a shrunk covariance.
 
     What is usual is read off in-distribution rows in `folds` parts, each scored without it. Logits of a given last layer
-    are those of its own training rows, and so a little too sure. Beyond the most unusual row a small linear term keeps
-    the order.
+    are those of its own training rows, and so a little too sure.
     """
 
     def __init__(self, folds: int = 5, seed: int = 0) -> None:
@@ -261,13 +261,8 @@ class Combined(PostHocScore):
         return [Energy(), Mahalanobis(shrink=True)]
 
     def _score(self, h: Tensor) -> Tensor:
-        total = h.new_zeros(len(h), dtype=torch.float64)
-        for part, known in zip(self.parts_, self.known_):
-            score = part.score(h).double()
-            rank = torch.searchsorted(known, score).double()
-            scale = known.std(correction=0).clamp_min(1e-12)
-            total -= (1 - rank / (len(known) + 1)).log() - 1e-3 * ((score - known.mean()) / scale)
-        return total.to(h.dtype)
+        pairs = zip(self.parts_, self.known_)
+        return torch.stack([_surprise(part.score(h).double(), known) for part, known in pairs]).sum(0).to(h.dtype)
 
 
 SCORES: dict[str, type[PostHocScore]] = {
@@ -320,3 +315,12 @@ def _whitening(centred: Tensor, shrink: bool = False) -> Tensor:
     values, vectors = torch.linalg.eigh(covariance)
     # Directions without variance would weigh without limit: they get a millionth of the mean one.
     return vectors / values.clamp_min(1e-6 * values.mean().clamp_min(1e-300)).sqrt()
+
+
+def _surprise(scores: Tensor, known: Tensor, tail: float = 0.1) -> Tensor:
+    """`-log` of the share of the ascending `known` scores that are higher; an exponential tail beyond their upper part."""
+    start = known[min(len(known) - 1, math.floor((1 - tail) * len(known)))]
+    beyond = known[known >= start] - start
+    rank = torch.searchsorted(known, torch.minimum(scores, start)).double()
+    excess = (scores - start).clamp_min(0) / beyond.mean().clamp_min(1e-12)
+    return excess - (1 - rank / (len(known) + 1)).log()

@@ -53,7 +53,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "paper": {"members": 1, "hidden_size": 256, "steps": None, "neighbors": 0, "residual_weight": 1.0},
 }
 # Rows scored at a time: their distances to the references stay in the cache of one core.
-CHUNK_ROWS = 512
+CHUNK_ROWS = 256
 BLOCK_ROWS = 64
 # Added to both parts of the score, in their medians: rows that repeat training rows are still ordered by the other part.
 FLOOR = 0.05

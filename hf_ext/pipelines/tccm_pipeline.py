@@ -272,7 +272,7 @@ class TCCMPipeline:
         """
         model = self._fitted()
         self.extractor.push_to_hub(repo_id, **kwargs)
-        return model.push_to_hub(repo_id, **kwargs)
+        return model.push_to_hub(repo_id, **kwargs)  # type: ignore[arg-type]
 
     @classmethod
     def from_pretrained(

@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -289,6 +289,10 @@ class MedixFilter:
         ```
     """
 
+    _weight: Any
+    _bias: Any
+    _mean_gradient: Any
+
     def __init__(self, config: MedixConfig | None = None) -> None:
         self.config = MedixConfig() if config is None else config
 
@@ -391,7 +395,8 @@ class MedixFilter:
             return torch.arange(len(rows))
         if config.filter == "medix" and config.mode == "paper" and config.rows_per_round is not None:
             return self._greedy(rows, gradients, config.rows_per_round)
-        scores, share = (None, config.prevalence)
+        scores: Any = None
+        share = config.prevalence
         if config.filter == "two_pass" or share is None:
             scores, share = self._two_pass(rows)
         self.prevalence_ = share

@@ -77,7 +77,7 @@ def as_rows(values, name: str, width: int | None = None, least: int = 1) -> Tens
 class Moments(NamedTuple):
     """Count, sum `(D,)` and Gram matrix `(D, D)` of weighted rows, float64; of K folds with one more dimension in front."""
 
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]
     total: Tensor
     gram: Tensor
 
@@ -366,7 +366,7 @@ class OODHead:
                 best = clearly_best(low, high, usual)
                 low, high = low[:, best], high[:, best]
             tried.append((columns, x, y, best, low, high))
-        lows, highs = (torch.stack([t[place] for t in tried], 1) for place in (4, 5))
+        lows, highs = torch.stack([t[4] for t in tried], 1), torch.stack([t[5] for t in tried], 1)
         chosen = clearly_best(lows, highs, usual=0)
         self.columns_, x, y, best, low, high = tried[chosen]
         weight, bias = discriminant(Moments.of(x), Moments.of(y, weights), strengths[best : best + 1])

@@ -144,8 +144,8 @@ HEADLINES = (
     Headline("tccm", "tccm", "anomaly_quality", "mean AUROC", r"^20 tables", True),
     Headline("tccm", "tccm", "anomaly_quality", "mean AUPR", r"^20 tables", True),
     Headline("tccm", "tccm conditional", "anomaly_explain", "top-m Jaccard", r"^mean", True),
-    Headline("medix", "medix", "ood_images", "AUROC", r"SVHN, prevalence 0\.1$", True),
-    Headline("medix", "medix", "ood_text", "AUROC", r"minilm, prevalence 0\.3$", True),
+    Headline("medix", "medix", "ood_quality", "auroc", r"SVHN, prevalence 0\.1$", True),
+    Headline("medix", "medix", "ood_quality", "auroc", r"MiniLM features, prevalence 0\.3$", True),
 )
 
 

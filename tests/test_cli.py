@@ -37,7 +37,7 @@ def test_list_shows_every_method_with_its_paper_and_status(capsys):
         line = next(line for line in out.splitlines() if line.startswith(card.id + " "))
         assert (card.arxiv or " - ") in line
         assert card.status in line
-    assert "4 of 13 methods available" in out
+    assert "6 of 13 methods available" in out
     assert out.splitlines()[-1].endswith("From no paper: `hybridkv`, and the exact cache `packed`.")
 
 
@@ -59,7 +59,15 @@ def test_bench_without_a_method_runs_every_built_one(monkeypatch, capsys):
 
     monkeypatch.setattr(benches, "run_bench", run_bench)
     assert main(["bench"]) == 0
-    assert calls == [("ojakv", 3), ("sentencekv", 3), ("hybridkv", 3), ("sgc", 3), ("osd", 3)]
+    assert calls == [
+        ("ojakv", 3),
+        ("sentencekv", 3),
+        ("hybridkv", 3),
+        ("sgc", 3),
+        ("osd", 3),
+        ("tccm", 3),
+        ("medix", 3),
+    ]
 
 
 def test_bench_fails_on_a_number_that_is_not_finite_and_writes_nothing(fake_bench, capsys, tmp_path):

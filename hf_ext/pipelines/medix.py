@@ -42,7 +42,7 @@ from torch import Tensor
 from hf_ext.config import MethodConfig
 from hf_ext.errors import DataError
 from hf_ext.log import get_logger, warn_once
-from hf_ext.pipelines.ood_head import MIX, as_rows, standard, two_pass_scores
+from hf_ext.pipelines.ood_head import MIX, as_numbers, as_rows, standard, two_pass_scores
 
 
 GRADIENT_FILTERS = ("medix", "sal", "grad_dist")
@@ -191,14 +191,14 @@ def greedy_median_filter(
     taken: list[Tensor] = []
     first, previous = None, 1e-8
     for number in range(1, max_rounds + 1):
-        if rows_per_round >= len(left):
-            return torch.cat([*taken, left]), number
         rows = g[left]
         statistics = _order_statistics(rows, reference)
         distance = statistics[0]
         first = distance if first is None else first
         if not paper and number > 1 and abs(previous - distance) < epsilon * first:
             return torch.cat(taken), number - 1
+        if rows_per_round >= len(left):
+            return torch.cat([*taken, left]), number
         order = _shifts(statistics, rows).sort(descending=True, stable=True).indices
         taken.append(left[order[:rows_per_round]])
         left = left[order[rows_per_round:].sort().values]
@@ -321,6 +321,7 @@ class MedixFilter:
             weight = as_rows(weight, "weight", rows.shape[1]).to(rows)
             classes = len(weight)
             labels = as_labels(labels, len(rows), classes)
+        self._labels = labels
         if config.filter in GRADIENT_FILTERS:
             if classes < 2:
                 raise DataError(
@@ -443,7 +444,8 @@ class MedixFilter:
 
     def _two_pass(self, rows: Tensor) -> tuple[Tensor, float]:
         config = self.config
-        return two_pass_scores(self.features_.to(rows), rows, config.regularization, config.seed, config.prevalence)
+        settings = config.regularization, config.seed, config.prevalence
+        return two_pass_scores(self.features_.to(rows), rows, *settings, labels=self._labels.to(rows.device))
 
     def _wild(self, features) -> Tensor:
         if not hasattr(self, "features_"):
@@ -464,12 +466,7 @@ class MedixFilter:
 
 def as_labels(labels, count: int, classes: int) -> Tensor:
     """`labels` as `(count,)` long in `0` to `classes - 1`; `DataError` otherwise."""
-    found = torch.as_tensor(labels).detach()
-    if found.is_floating_point() and not torch.equal(found, found.round()):
-        raise DataError("labels hold numbers that are no integers; expected the index of a class.")
-    found = found.long()
-    if found.shape != (count,):
-        raise DataError(f"labels have shape {tuple(found.shape)}; expected ({count},), one for each row of features.")
+    found = _integers(labels, count)
     if count and (found.min() < 0 or found.max() >= classes):
         raise DataError(
             f"labels go from {int(found.min())} to {int(found.max())} and the last layer has {classes} classes; "
@@ -512,18 +509,25 @@ def knn_distances(rows: Tensor, reference: Tensor, neighbors: int) -> Tensor:
 
 
 def relabel(labels, count: int) -> tuple[Tensor, int]:
-    found = torch.as_tensor(labels).detach()
-    if found.shape != (count,):
-        raise DataError(f"labels have shape {tuple(found.shape)}; expected ({count},), one for each row of features.")
+    found = _integers(labels, count)
     names, found = torch.unique(found, return_inverse=True)
     return found, len(names)
 
 
 def as_vector(values, width: int, name: str = "reference") -> Tensor:
-    vector = torch.as_tensor(values).detach()
+    vector = as_numbers(values, name)
     if vector.shape != (width,) or not torch.isfinite(vector).all():
         raise DataError(f"{name} has shape {tuple(vector.shape)}; expected ({width},), finite.")
     return vector
+
+
+def _integers(labels, count: int) -> Tensor:
+    found = as_numbers(labels, "labels")
+    if found.shape != (count,):
+        raise DataError(f"labels have shape {tuple(found.shape)}; expected ({count},), one for each row of features.")
+    if found.is_floating_point() and not ((found == found.round()) & found.isfinite()).all():
+        raise DataError("labels hold numbers that are no integers; expected the index of a class.")
+    return found.long()
 
 
 def _weight(weight, classes: int, width: int) -> Tensor:
@@ -539,8 +543,9 @@ def _order_statistics(g: Tensor, reference: Tensor) -> tuple[float, Tensor, Tens
     """D, `lo`, and the squares `(lo - r)^2` and `(hi - r)^2`, float64."""
     m = len(g)
     columns = g.T.contiguous()
-    q = (m - 2) // 2
-    lo, hi = columns.kthvalue(q + 1).values, columns.kthvalue(q + 2).values
+    # Of a single row, which the loop may leave, only the distance means something.
+    q = max(0, (m - 2) // 2)
+    lo, hi = columns.kthvalue(q + 1).values, columns.kthvalue(min(q + 2, m)).values
     r = reference.to(g.device).double()
     low, high = (lo.double() - r).square(), (hi.double() - r).square()
     # The lower median of an even count is lo itself, of an odd one hi.

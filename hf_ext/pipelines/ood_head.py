@@ -12,8 +12,10 @@ in-distribution against ALL wild rows on left-out folds: with prevalence pi it i
 orders heads as the unknown AUC of in-distribution against OOD rows does. A departure from the usual setting needs a gain
 of more than its standard error (DeLong's, paired).
 
-What a linear head cannot know from few rows, distance does: its scores and the log distance to the nearest in-distribution
-rows are joined by a discriminant of two columns, fitted on scores of left-out folds.
+What a linear head cannot know from few rows, in-distribution rows do: its scores are joined by a discriminant of two or three
+columns, itself fitted on other folds, to the log distance to the nearest in-distribution rows, or, where their classes
+are known, to the log distance to the nearest class and the doubt between classes (measured in `benchmarks/ood_quality.py`:
+better on texts, where a tenth of few wild rows is OOD).
 
 `two_pass_scores` ranks wild rows: a head against all wild rows, the rows it ranks first by an estimate of their number,
 a head against those. The second head of a fold knows nothing of the fold, not even through the choice of its rows, so
@@ -74,6 +76,14 @@ def as_rows(values, name: str, width: int | None = None, least: int = 1) -> Tens
     return rows
 
 
+def as_numbers(values, name: str) -> Tensor:
+    """`values` as a detached tensor; `DataError` where they are none."""
+    try:
+        return torch.as_tensor(values).detach()
+    except (TypeError, ValueError, RuntimeError):
+        raise DataError(f"{name} come as a {type(values).__name__} that holds no numbers; expected numbers.") from None
+
+
 class Moments(NamedTuple):
     """Count, sum `(D,)` and Gram matrix `(D, D)` of weighted rows, float64; of K folds with one more dimension in front."""
 
@@ -106,7 +116,12 @@ def discriminant(inside: Moments, outside: Moments, strengths: Tensor) -> tuple[
     covariance = (inside.gram / inside.count + outside.gram / outside.count) / 2 - torch.outer(middle, middle)
     scale = covariance.diagonal().mean().clamp_min(1e-12)
     ridge = (strengths.to(covariance) * scale)[:, None, None] * torch.eye(len(middle), dtype=torch.float64)
-    factor = torch.linalg.cholesky(covariance + ridge)
+    factor, failed = torch.linalg.cholesky_ex(covariance + ridge)
+    if failed.any():
+        raise DataError(
+            f"a ridge of {float(strengths.min()):.1g} of the mean variance is too small for these rows; use "
+            "regularization=1e-3 or more."
+        )
     right = ((mean_out - mean_in) / 2)[None, :, None].expand(len(strengths), -1, 1)
     weight = torch.cholesky_solve(right, factor)[..., 0].T
     return weight, -(middle @ weight)
@@ -154,8 +169,17 @@ class Columns:
         if squares:
             self.squares = standard(((rows - self.mean) / self.scale).square())
         width = rows.shape[1] * (2 if squares else 1)
-        self.mix = None
-        if width > MAX_COLUMNS:
+        self.mix, self.kept = None, 1.0
+        if len(rows) < min(width, MAX_COLUMNS):
+            # No head has a part outside the span of its rows: coordinates in it are fewer, and lose nothing.
+            x = self(rows)
+            values, vectors = torch.linalg.eigh((x @ x.T).double())
+            # The last one always: of equal rows none has a length.
+            spanned = values >= (1e-7 * values[-1]).clamp_max(values[-1])
+            self.mix = x.T @ (vectors[:, spanned] / values[spanned].clamp_min(1e-30).sqrt()).to(x)
+            # The mean variance that a ridge is relative to is that of all columns.
+            self.kept = self.mix.shape[1] / width
+        elif width > MAX_COLUMNS:
             generator = torch.Generator().manual_seed(seed)
             self.mix = torch.randn(width, MAX_COLUMNS, generator=generator).to(rows) / math.sqrt(MAX_COLUMNS)
 
@@ -201,10 +225,13 @@ class Nearness:
 
 
 def join(low: Tensor, high: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Weights `(2,)` and bias of a discriminant of two columns, `(n, 2)` against `(m, 2)`: a head's scores and nearness."""
-    _, scale = standard(low)
-    weight, bias = discriminant(Moments.of(low / scale), Moments.of(high / scale, weights), low.new_tensor([1e-3]))
-    return weight[:, 0].to(low) / scale, bias[0].to(low)
+    """Weights `(E,)` and bias of a discriminant of few columns, `(n, E)` against `(m, E)`: a head's scores, and distances."""
+    mean, scale = standard(low)
+    # Less their mean, so that constant columns have no variance but for rounding, which may be negative.
+    sides = Moments.of((low - mean) / scale), Moments.of((high - mean) / scale, weights)
+    weight, bias = discriminant(*sides, low.new_tensor([1e-3]))
+    own = weight[:, 0].to(low) / scale
+    return own, bias[0].to(low) - own @ mean
 
 
 class CrossFit:
@@ -263,10 +290,55 @@ class CrossFit:
         return self.scores(outside, strengths)
 
 
+def class_columns(fit: CrossFit, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """What in-distribution classes say of rows, for rows of both sides by classes fitted without their fold.
+
+    Classes share a covariance, shrunk by Ledoit and Wolf's rule.
+
+    Args:
+        fit (`CrossFit`): The folds.
+        labels (`Tensor`): `(n,)` long, of the in-distribution rows.
+
+    Returns:
+        `tuple[Tensor, Tensor]`: `(n, 2)` and `(m, 2)`: the log of the smallest squared distance to a class, and the log of
+        how unlikely the likeliest class is to be the right one.
+    """
+    out = [fit.inside.new_zeros(len(fit.inside), 2), fit.wild.new_zeros(len(fit.wild), 2)]
+    for k in range(fit.folds):
+        x = fit.inside[fit.fold_in != k]
+        names, own = labels[fit.fold_in != k].unique(return_inverse=True)
+        means = x.new_zeros(len(names), x.shape[1]).index_add_(0, own, x) / own.bincount()[:, None]
+        centred = x - means[own]
+        covariance = (centred.T @ centred).double() / len(x)
+        scale = covariance.diagonal().mean().clamp_min(1e-12)
+        off = covariance.square().sum() - len(covariance) * scale**2
+        noise = (centred.double().square().sum(1).square().mean() - covariance.square().sum()) / len(x)
+        # At least so much that rows of no variance have a factor.
+        share = (noise / off.clamp_min(1e-12)).clamp(1e-6, 1)
+        factor = torch.linalg.cholesky(
+            (1 - share) * covariance + share * scale * torch.eye(len(covariance)).to(covariance)
+        )
+        centres = torch.linalg.solve_triangular(factor, means.double().T, upper=False).T
+        for rows, fold, columns in zip((fit.inside, fit.wild), (fit.fold_in, fit.fold_wild), out):
+            place = (fold == k).nonzero().flatten()
+            white = torch.linalg.solve_triangular(factor, rows[place].double().T, upper=False).T
+            distances = torch.cdist(white, centres).square()
+            columns[place, 0] = distances.amin(1).clamp_min(1e-9).log().to(columns)
+            doubt = -(-distances / 2).log_softmax(1).amax(1)
+            # Rows of no doubt are alike, whatever the last digits say.
+            columns[place, 1] = doubt.clamp_min(5e-5).log().to(columns)
+    return out[0], out[1]
+
+
 def two_pass_scores(
-    inside: Tensor, wild: Tensor, regularization: float | None = None, seed: int = 0, prevalence: float | None = None
+    inside: Tensor,
+    wild: Tensor,
+    regularization: float | None = None,
+    seed: int = 0,
+    prevalence: float | None = None,
+    labels: Tensor | None = None,
 ) -> tuple[Tensor, float]:
-    """Rank wild rows against in-distribution rows, without labels.
+    """Rank wild rows against in-distribution rows, without knowing which wild rows are OOD.
 
     Args:
         inside (`Tensor`): `(n, d)` in-distribution rows, at least two.
@@ -274,6 +346,8 @@ def two_pass_scores(
         regularization (`float`, *optional*): Strength; chosen among `STRENGTHS` when `None`.
         seed (`int`): Of the folds.
         prevalence (`float`, *optional*): Share of OOD rows; estimated when `None`.
+        labels (`Tensor`, *optional*): `(n,)` long, classes of the in-distribution rows; with them `class_columns` stand
+            in for the distance to the nearest rows.
 
     Returns:
         `tuple[Tensor, float]`: `(m,)` scores, higher for rows more likely OOD, and the prevalence.
@@ -283,24 +357,32 @@ def two_pass_scores(
     found = []
     for squares in (False, True):
         columns = Columns(both, squares, seed)
-        fit = CrossFit(columns(inside), columns(wild), seed)
-        low, high = fit.first(strengths)
+        fit, ridges = CrossFit(columns(inside), columns(wild), seed), strengths * columns.kept
+        low, high = fit.first(ridges)
         best = clearly_best(low, high, usual)
-        found.append((fit, best, low[:, best], high[:, best]))
-    chosen = clearly_best(torch.stack([f[2] for f in found], 1), torch.stack([f[3] for f in found], 1), 0)
-    fit, best, low, high = found[chosen]
-    nearness = Nearness(inside, seed)
-    near, far = nearness(inside), nearness(wild)
-    joint = join(torch.stack([low, near], 1), torch.stack([high, far], 1))[0]
-    joined = joint[0] * low + joint[1] * near, joint[0] * high + joint[1] * far
-    share = estimate_prevalence(*joined) if prevalence is None else prevalence
-    ranked = joint[0] * fit.nested(strengths[best : best + 1]) + joint[1] * far
-    lows, highs = fit.second(ranked, share, strengths)
+        found.append((fit, ridges, best, low[:, best], high[:, best]))
+    chosen = clearly_best(torch.stack([f[3] for f in found], 1), torch.stack([f[4] for f in found], 1), 0)
+    fit, ridges, best, low, high = found[chosen]
+    if labels is None:
+        nearness = Nearness(inside, seed)
+        near, far = nearness(inside)[:, None], nearness(wild)[:, None]
+    else:
+        near, far = class_columns(found[0][0], labels)
+
+    def joined(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Weights `(K, E)` of the columns, fitted without a fold, and the scores of both sides by those of their fold."""
+        low, high = torch.cat([low[:, None], near], 1), torch.cat([high[:, None], far], 1)
+        own = torch.stack([join(low[fit.fold_in != k], high[fit.fold_wild != k])[0] for k in range(fit.folds)])
+        return own, (low * own[fit.fold_in]).sum(1), (high * own[fit.fold_wild]).sum(1)
+
+    own, all_low, all_high = joined(low, high)
+    share = estimate_prevalence(all_low, all_high) if prevalence is None else prevalence
+    ranked = own[:, :1] * fit.nested(ridges[best : best + 1]) + own[:, 1:] @ far.T
+    lows, highs = fit.second(ranked, share, ridges)
     best = clearly_best(lows, highs, usual)
     if clearly_best(torch.stack([lows[:, best], low], 1), torch.stack([highs[:, best], high], 1), 0) == 0:
         low, high = lows[:, best], highs[:, best]
-    joint = join(torch.stack([low, near], 1), torch.stack([high, far], 1))[0]
-    low, high = joint[0] * low + joint[1] * near, joint[0] * high + joint[1] * far
+    _, low, high = joined(low, high)
     return high, (estimate_prevalence(low, high) if prevalence is None else prevalence)
 
 
@@ -346,7 +428,7 @@ class OODHead:
         outside = as_rows(ood_features, "ood_features", inside.shape[1]).to(inside)
         weights = None
         if ood_weights is not None:
-            weights = torch.as_tensor(ood_weights).detach().to(inside)
+            weights = as_numbers(ood_weights, "ood_weights").to(inside)
             if weights.shape != (len(outside),) or not torch.isfinite(weights).all() or (weights < 0).any():
                 raise DataError(
                     f"ood_weights have shape {tuple(weights.shape)}; expected ({len(outside)},), none negative."
@@ -362,14 +444,16 @@ class OODHead:
             x, y = columns(inside), columns(outside)
             best, low, high = usual, x.new_zeros(2), y.new_zeros(1)
             if len(outside) > 1:
-                low, high = CrossFit(x, y, self.seed, weights).first(strengths)
+                low, high = CrossFit(x, y, self.seed, weights).first(strengths * columns.kept)
                 best = clearly_best(low, high, usual)
                 low, high = low[:, best], high[:, best]
             tried.append((columns, x, y, best, low, high))
         lows, highs = torch.stack([t[4] for t in tried], 1), torch.stack([t[5] for t in tried], 1)
         chosen = clearly_best(lows, highs, usual=0)
         self.columns_, x, y, best, low, high = tried[chosen]
-        weight, bias = discriminant(Moments.of(x), Moments.of(y, weights), strengths[best : best + 1])
+        weight, bias = discriminant(
+            Moments.of(x), Moments.of(y, weights), strengths[best : best + 1] * self.columns_.kept
+        )
         self.weight_, self.bias_ = weight[:, 0].to(x), bias[0].to(x)
         self.strength_, self.squares_ = float(strengths[best]), bool(chosen)
         self.nearness_, self.joint_ = Nearness(inside, self.seed), (x.new_tensor([1.0, 0.0]), x.new_zeros(()))

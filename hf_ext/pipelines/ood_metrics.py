@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_ext.errors import DataError, MissingPackageError
+from hf_ext.pipelines.ood_head import as_numbers
 
 
 RECALL = 0.95
@@ -41,7 +42,7 @@ def ood_metrics(scores, is_ood) -> dict[str, float]:
         from sklearn.metrics import average_precision_score, roc_auc_score
     except ImportError:
         raise MissingPackageError('ood_metrics needs scikit-learn: pip install "hf-ext[detect]".') from None
-    values, kinds = torch.as_tensor(scores).detach().cpu().double(), torch.as_tensor(is_ood).detach().cpu()
+    values, kinds = as_numbers(scores, "scores").cpu().double(), as_numbers(is_ood, "is_ood").cpu()
     if values.ndim != 1 or kinds.shape != values.shape:
         raise DataError(
             f"scores have shape {tuple(values.shape)} and is_ood {tuple(kinds.shape)}; expected one number a row in both."

@@ -42,7 +42,7 @@ USUAL_STRENGTH = 10.0
 FOLDS = 5
 ERRORS = 3.0
 # Wider columns are projected to this width: the cost of a fold grows with its cube.
-MAX_COLUMNS = 2048
+MAX_COLUMNS = 1024
 # Of the distance to in-distribution rows.
 NEIGHBORS, MAX_REFERENCES = 5, 4096
 CHUNK = 4096
@@ -372,8 +372,17 @@ def two_pass_scores(
     def joined(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Weights `(K, E)` of the columns, fitted without a fold, and the scores of both sides by those of their fold."""
         low, high = torch.cat([low[:, None], near], 1), torch.cat([high[:, None], far], 1)
-        own = torch.stack([join(low[fit.fold_in != k], high[fit.fold_wild != k])[0] for k in range(fit.folds)])
-        return own, (low * own[fit.fold_in]).sum(1), (high * own[fit.fold_wild]).sum(1)
+        own, usual = [], []
+        for k in range(fit.folds):
+            rest = low[fit.fold_in != k]
+            weight, _ = join(rest, high[fit.fold_wild != k])
+            # In units of the in-distribution rows it knows, so that scores of all folds are on one scale.
+            mean, scale = standard((rest @ weight)[:, None])
+            own.append(weight / scale)
+            usual.append(mean / scale)
+        own, usual = torch.stack(own), torch.cat(usual)
+        low = (low * own[fit.fold_in]).sum(1) - usual[fit.fold_in]
+        return own, low, (high * own[fit.fold_wild]).sum(1) - usual[fit.fold_wild]
 
     own, all_low, all_high = joined(low, high)
     share = estimate_prevalence(all_low, all_high) if prevalence is None else prevalence

@@ -133,3 +133,11 @@ def test_the_order_of_rows_and_the_global_generator_do_not_matter():
 def test_one_score_on_each_side():
     assert estimate_prevalence([0.0], [1.0]) == 1.0
     assert estimate_prevalence([1.0], [0.0]) == 0.0
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_many_scores_have_the_cut_of_the_loop(seed):
+    inside, wild = mixture(0.3, 2, seed, 200, 150)
+    for confidence in (0.001, 0.1, 0.9):
+        expected = naive.prevalence(inside.tolist(), wild.tolist(), confidence)
+        assert estimate_prevalence(inside, wild, confidence) == pytest.approx(expected, abs=1e-12)

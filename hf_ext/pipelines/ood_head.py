@@ -372,17 +372,17 @@ def two_pass_scores(
     def joined(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Weights `(K, E)` of the columns, fitted without a fold, and the scores of both sides by those of their fold."""
         low, high = torch.cat([low[:, None], near], 1), torch.cat([high[:, None], far], 1)
-        own, usual = [], []
+        weights, middles = [], []
         for k in range(fit.folds):
             rest = low[fit.fold_in != k]
             weight, _ = join(rest, high[fit.fold_wild != k])
             # In units of the in-distribution rows it knows, so that scores of all folds are on one scale.
             mean, scale = standard((rest @ weight)[:, None])
-            own.append(weight / scale)
-            usual.append(mean / scale)
-        own, usual = torch.stack(own), torch.cat(usual)
-        low = (low * own[fit.fold_in]).sum(1) - usual[fit.fold_in]
-        return own, low, (high * own[fit.fold_wild]).sum(1) - usual[fit.fold_wild]
+            weights.append(weight / scale)
+            middles.append(mean / scale)
+        own, middle = torch.stack(weights), torch.cat(middles)
+        low = (low * own[fit.fold_in]).sum(1) - middle[fit.fold_in]
+        return own, low, (high * own[fit.fold_wild]).sum(1) - middle[fit.fold_wild]
 
     own, all_low, all_high = joined(low, high)
     share = estimate_prevalence(all_low, all_high) if prevalence is None else prevalence

